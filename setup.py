@@ -1,0 +1,51 @@
+"""Installs `vit_jax` and its input pipeline.
+
+The lower bounds are the oldest versions that the tests were run with, the
+upper bounds the newest majors (for 0.x packages: minors) known to work.
+"""
+from setuptools import setup
+
+# What training and inference need; no TensorFlow among it.
+CORE = [
+    'jax>=0.10,<0.13',
+    'flax>=0.12,<0.14',
+    'optax>=0.2.6,<0.4',
+    'orbax-checkpoint>=0.11.30,<0.13',
+    'numpy>=2.0,<3',
+    'ml_collections>=1.0,<2',
+    'absl-py>=2.1,<3',
+    'clu>=0.0.12,<0.1',
+    'tensorboard>=2.19,<3',
+    'scikit-learn>=1.5,<2',
+    'pillow>=11,<14',
+    'matplotlib>=3.9,<4',
+    'rich>=13,<16',
+]
+# What the tf.data pipeline needs (folders of images, TFDS).
+# tensorflow-datasets does not depend on tensorflow: name both.
+TENSORFLOW = [
+    'tensorflow>=2.19,<3',
+    'tensorflow-datasets>=4.9.8,<5',
+]
+
+setup(
+    name='vit-early-conv',
+    version='0.1.0',
+    description=(
+        'ViT with patchify and convolutional stems, and AugReg, in JAX/Flax'),
+    license='Apache-2.0',
+    python_requires='>=3.11,<3.14',
+    packages=[
+        'vit_jax', 'vit_jax.commands', 'vit_jax.evaluators', 'vit_jax.models',
+        'input_pipeline',
+    ],
+    install_requires=CORE + TENSORFLOW,
+    extras_require={
+        'gpu': ['jax[cuda13]>=0.10,<0.13'],
+        'tpu': ['jax[tpu]>=0.10,<0.13'],
+        'test': ['pytest>=8,<10', 'ruff>=0.9,<1'],
+        'wandb': ['wandb>=0.19,<1'],
+        'notebooks': ['nbformat>=5,<6', 'nbclient>=0.10,<1', 'ipykernel>=6,<8'],
+    },
+    entry_points={'console_scripts': ['vit-jax = vit_jax.__main__:main']},
+)

@@ -1,0 +1,1 @@
+"""ViT with patchify and convolutional stems, and AugReg, in JAX/Flax."""
