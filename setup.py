@@ -3,6 +3,8 @@
 The lower bounds are the oldest versions that the tests were run with, the
 upper bounds the newest majors (for 0.x packages: minors) known to work.
 """
+import os
+
 from setuptools import setup
 
 # What training and inference need; no TensorFlow among it.
@@ -23,6 +25,7 @@ CORE = [
 ]
 # What the tf.data pipeline needs (folders of images, TFDS).
 # tensorflow-datasets does not depend on tensorflow: name both.
+# VIT_JAX_NO_TENSORFLOW=1 pip install -e .   leaves them out.
 TENSORFLOW = [
     'tensorflow>=2.19,<3',
     'tensorflow-datasets>=4.9.8,<5',
@@ -39,7 +42,8 @@ setup(
         'vit_jax', 'vit_jax.commands', 'vit_jax.evaluators', 'vit_jax.models',
         'input_pipeline',
     ],
-    install_requires=CORE + TENSORFLOW,
+    install_requires=CORE + (
+        [] if os.environ.get('VIT_JAX_NO_TENSORFLOW') else TENSORFLOW),
     extras_require={
         'gpu': ['jax[cuda13]>=0.10,<0.13'],
         'tpu': ['jax[tpu]>=0.10,<0.13'],
