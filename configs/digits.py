@@ -1,0 +1,41 @@
+"""ViT_C on the embedded default: scikit-learn's 8x8 digits, at 32x32.
+
+  python vit_jax/train.py --config configs/digits.py --workdir runs/digits
+
+About half a minute on 2 CPU cores. Arguments, after a colon and separated by
+commas: stem=conv|patchify|..., optimizer=adamw|sgd, epochs=60, seed=0, lr=0
+and wd=-1 (0 and -1: the config's own).
+"""
+from vit_jax import recipes
+
+# lr, weight decay; centres of a small search on the training set.
+OPTIMIZERS = {'adamw': (recipes.adamw, 2e-3, 0.1),
+              'sgd': (recipes.sgd, 0.05, 1e-4)}
+
+
+def get_config(args=None):
+  args = recipes.parse_args(
+      args, stem='conv', optimizer=tuple(OPTIMIZERS), epochs=60.0, seed=0,
+      lr=0.0, wd=-1.0)
+  c = recipes.base()
+  c.seed = args.seed
+  c.total_epochs = args.epochs
+  c.global_batch_size = 64
+
+  c.input.source = 'digits'
+  c.input.pp = 'decode|pad_crop(32, 3)'
+  c.model.size = 'micro'
+  c.model.stem = args.stem
+  c.model.pool = 'gap'
+  c.loss.label_smoothing = 0.1
+
+  make, lr, wd = OPTIMIZERS[args.optimizer]
+  c.optimizer = make(args.lr or lr, wd if args.wd < 0 else args.wd)
+  c.schedule = recipes.cosine(warmup_epochs=args.epochs / 10)
+  c.ema = dict(name='decay', decay=0.99)
+
+  c.log.every_steps = 20
+  c.eval.every_epochs = 5.0
+  c.eval.batch_size = 512
+  c.checkpoint.every_epochs = 10.0
+  return c

@@ -1,0 +1,354 @@
+"""Host preprocessing as one line: 'decode|inception_crop(224)|flip_lr'.
+
+This module holds the language, the ops' geometry and their random draws, in
+plain Python. An op, for an image of known size and known random numbers, is a
+`View`: a box, a size to resize it to, a flip. `ops_numpy` and `ops_tf` carry
+out the same views, so both cut the same box.
+"""
+import ast
+import dataclasses
+import difflib
+import inspect
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from input_pipeline import order
+
+_ATTEMPTS = 100
+
+
+class View(NamedTuple):
+  """What an op does to one image, after the op's zero padding, in order."""
+  top: int
+  left: int
+  height: int
+  width: int
+  out_height: int  # differs from `height` only in ops with a resize method
+  out_width: int
+  flip: int  # 0 or 1: left to right
+
+
+def _keep(height, width, flip=0):
+  return View(0, 0, height, width, height, width, flip)
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+  """An op without arguments; the fields of subclasses are their arguments.
+
+  Class attributes say which parts of a view matter: `crops`, `flips`,
+  `resizes` ('', 'bilinear' or 'area'); `draws`: random numbers per image.
+  """
+  crops = flips = False
+  resizes = ''
+  draws = 0
+  border = 0  # zeros added on each side before the box is cut
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      if field.type is float:
+        ok = isinstance(value, (int, float))
+      else:
+        ok = isinstance(value, int)
+      # Anything above is a slip that would otherwise end as out of memory.
+      if not ok or isinstance(value, bool) or not 0 <= value <= 2**14:
+        raise TypeError(
+            f'{field.name}={value!r} must be '
+            f'{"a number" if field.type is float else "an integer"} in '
+            '[0, 16384]')
+      if 'size' in field.name and value < 1:
+        raise TypeError(f'{field.name} must be at least 1')
+
+  def out_size(self, height, width):
+    """Size after the op; None stands for a size that varies."""
+    return height, width
+
+  def view(self, height, width, draws):
+    """The op's View on an image of a size, given `draws` numbers in [0, 1)."""
+    raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Decode(Op):
+  """Image file to uint8 pixels; comes first. Raw pixels pass through.
+
+  EXIF orientation is ignored, by both drivers: the released models were
+  trained so.
+  """
+
+  def view(self, height, width, draws):
+    return _keep(height, width)
+
+
+@dataclasses.dataclass(frozen=True)
+class Resize(Op):
+  """Bilinear, without antialiasing, truncated to uint8."""
+  height_size: int
+  width_size: int = None
+  resizes = 'bilinear'
+
+  def __post_init__(self):
+    if self.width_size is None:
+      object.__setattr__(self, 'width_size', self.height_size)
+    super().__post_init__()
+
+  def out_size(self, height, width):
+    return self.height_size, self.width_size
+
+  def view(self, height, width, draws):
+    return View(0, 0, height, width, *self.out_size(height, width), 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ResizeSmall(Op):
+  """The shorter side to `size`, keeping the aspect; 'area', truncated."""
+  size: int
+  resizes = 'area'
+
+  def out_size(self, height, width):
+    if height is None or width is None:
+      return None, None
+    short = min(height, width)
+    return round(height * self.size / short), round(width * self.size / short)
+
+  def view(self, height, width, draws):
+    return View(0, 0, height, width, *self.out_size(height, width), 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class CentralCrop(Op):
+  """The central square of `size`; the odd pixel stays right and below."""
+  size: int
+  crops = True
+
+  def out_size(self, height, width):
+    return self.size, self.size
+
+  def view(self, height, width, draws):
+    _check_fits(self.size, height, width)
+    return View((height - self.size) // 2, (width - self.size) // 2,
+                *(self.size,) * 4, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class PadCrop(Op):
+  """A random square of `size` after adding `padding` zeros on each side."""
+  size: int
+  padding: int
+  crops = True
+  draws = 2
+
+  @property
+  def border(self):
+    return self.padding
+
+  def out_size(self, height, width):
+    return self.size, self.size
+
+  def view(self, height, width, draws):
+    height, width = height + 2 * self.padding, width + 2 * self.padding
+    _check_fits(self.size, height, width)
+    return View(int(draws[0] * (height - self.size + 1)),
+                int(draws[1] * (width - self.size + 1)),
+                *(self.size,) * 4, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class InceptionCrop(Op):
+  """A random box of `area_min` to `area_max` percent, resized to a square.
+
+  The box follows the law of `tf.image.sample_distorted_bounding_box`: aspect
+  uniform in [3/4, 1.33], height uniform among those with an allowed area,
+  offset uniform but never the last possible one; up to 100 attempts, then the
+  whole image. Bilinear, without antialiasing, truncated to uint8.
+  """
+  size: int
+  area_min: float = 5
+  area_max: float = 100
+  crops = True
+  resizes = 'bilinear'
+  draws = 4 * _ATTEMPTS
+
+  def __post_init__(self):
+    super().__post_init__()
+    if not 0 < self.area_min <= self.area_max <= 100:
+      raise TypeError('areas are percentages, 0 < area_min <= area_max <= 100')
+
+  def out_size(self, height, width):
+    return self.size, self.size
+
+  def view(self, height, width, draws):
+    low = self.area_min / 100 * height * width
+    high = self.area_max / 100 * height * width
+    for attempt in range(_ATTEMPTS):
+      aspect, tall, top, left = draws[4 * attempt:4 * attempt + 4]
+      box = _box(height, width, low, high, 0.75 + aspect * (1.33 - 0.75), tall)
+      if box:
+        h, w = box
+        top, left = top * max(height - h, 1), left * max(width - w, 1)
+        return View(int(top), int(left), h, w, self.size, self.size, 0)
+    return View(0, 0, height, width, self.size, self.size, 0)
+
+
+def _box(height, width, low, high, aspect, draw):
+  """(h, w) with w / h = `aspect` and low <= h * w <= high, or None."""
+  tallest = min(round(math.sqrt(high / aspect)), height)
+  while round(tallest * aspect) > width:
+    tallest -= 1
+  shortest = min(round(math.sqrt(low / aspect)), tallest)
+  h = shortest + int(draw * (tallest - shortest + 1))
+  # Rounding may miss the allowed areas by one row.
+  if h * round(h * aspect) < low:
+    h += 1
+  elif h * round(h * aspect) > high:
+    h -= 1
+  w = round(h * aspect)
+  if low <= h * w <= high and 0 < h <= height and 0 < w <= width:
+    return h, w
+  return None
+
+
+@dataclasses.dataclass(frozen=True)
+class FlipLr(Op):
+  """Left to right, with probability one half."""
+  flips = True
+  draws = 1
+
+  def view(self, height, width, draws):
+    return _keep(height, width, int(draws[0] < 0.5))
+
+
+OPS = {
+    'decode': Decode,
+    'resize': Resize,
+    'resize_small': ResizeSmall,
+    'central_crop': CentralCrop,
+    'pad_crop': PadCrop,
+    'inception_crop': InceptionCrop,
+    'flip_lr': FlipLr,
+}
+
+
+def _check_fits(size, height, width):
+  if size > min(height, width):
+    raise ValueError(
+        f'a crop of {size} does not fit into an image of {height} x {width}; '
+        'resize first')
+
+
+def parse(text, key='pp'):
+  """Parses 'name|name(arguments)|...' into a tuple of ops.
+
+  Args:
+    text: the line; '' is no ops. Arguments are literals, nothing is evaluated.
+    key: the config key that it comes from, for messages.
+
+  Raises:
+    ValueError: not of that form, an unknown op, wrong arguments, or `decode`
+      elsewhere than first.
+  """
+  if not isinstance(text, str):
+    raise ValueError(f'input.{key} must be a string, got {text!r}.')
+  if not text.strip():
+    return ()
+  try:
+    node = ast.parse(text.strip(), mode='eval').body
+    calls = []
+    while isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+      calls.insert(0, node.right)
+      node = node.left
+    calls.insert(0, node)
+    ops = tuple(_parse_call(c) for c in calls)
+  except (SyntaxError, RecursionError, MemoryError) as e:
+    raise ValueError(
+        f'input.{key}={text!r} does not read as op|op(arguments)|... ({e}).'
+    ) from None
+  except ValueError as e:
+    raise ValueError(f'input.{key}={text!r}: {e}') from None
+  if any(isinstance(op, Decode) for op in ops[1:]):
+    raise ValueError(f'input.{key}={text!r}: decode must come first.')
+  return ops
+
+
+def _parse_call(node):
+  args, kwargs = (), {}
+  try:
+    if isinstance(node, ast.Call):
+      args = [ast.literal_eval(a) for a in node.args]
+      kwargs = {k.arg: ast.literal_eval(k.value) for k in node.keywords}
+      node = node.func
+  except (ValueError, TypeError):
+    raise ValueError(
+        f'arguments must be literals, got {ast.unparse(node)}.') from None
+  if not isinstance(node, ast.Name):
+    raise ValueError(f'{ast.unparse(node)} is not an op.')
+  if node.id not in OPS:
+    close = difflib.get_close_matches(node.id, OPS, n=1)
+    hint = f' Did you mean {close[0]!r}?' if close else ''
+    raise ValueError(
+        f'unknown op {node.id!r}.{hint} Choose from {", ".join(OPS)}.')
+  try:
+    return OPS[node.id](*args, **kwargs)
+  except TypeError as e:
+    raise ValueError(
+        f'{signature(node.id)}: {str(e).split("__init__() ")[-1]}.') from None
+
+
+def signature(name):
+  """An op as one writes it, such as 'inception_crop(size, area_min=5, ...)'."""
+  parameters = inspect.signature(OPS[name]).parameters.values()
+  return name + '(' + ', '.join(
+      p.name if p.default in (p.empty, None) else f'{p.name}={p.default}'
+      for p in parameters) + ')'
+
+
+def out_size(ops, height, width):
+  """(height, width) after all ops; None where it varies with the image."""
+  for op in ops:
+    if height is not None and width is not None:
+      # Crops that cannot fit are found before the first image is read.
+      op.view(height, width, np.zeros(op.draws))
+    height, width = op.out_size(height, width)
+  return height, width
+
+
+def draw(ops, data_seed, epoch, index):
+  """The random numbers of all ops, for a batch.
+
+  Args:
+    ops: from `parse`.
+    data_seed: int.
+    epoch: int64 [n].
+    index: int64 [n], example indices.
+
+  Returns:
+    float64 [n, D] in [0, 1), what the ops draw side by side. An op's numbers
+    depend on its place in the line, not on what precedes it.
+  """
+  columns = [order.uniform(data_seed, epoch, index, place, op.draws)
+             for place, op in enumerate(ops)]
+  return np.concatenate([np.zeros((len(index), 0)), *columns], axis=1)
+
+
+def views(ops, height, width, draws):
+  """What each op does to one image: list of View, as long as `ops`.
+
+  Args:
+    ops: from `parse`.
+    height: of the image.
+    width: of the image.
+    draws: float64 [D], a row of what `draw` returned.
+
+  Raises:
+    ValueError: a crop is larger than what it is cut from.
+  """
+  result = []
+  for op in ops:
+    view = op.view(height, width, draws[:op.draws])
+    draws = draws[op.draws:]
+    height, width = view.out_height, view.out_width
+    result.append(view)
+  return result

@@ -1,0 +1,123 @@
+"""The ops in numpy and Pillow: the driver that needs no TensorFlow.
+
+The resizes follow TensorFlow's conventions (half-pixel centres, float32, no
+antialiasing), which the released models were trained with; Pillow's own
+resize antialiases.
+"""
+import io
+
+import numpy as np
+from PIL import Image
+
+# Only these decoders run on files that came from elsewhere.
+FORMATS = ('JPEG', 'PNG', 'GIF', 'BMP', 'WEBP')
+
+
+def open_image(content):
+  """Reads the header: a Pillow image with `format` and `size` (W, H).
+
+  Raises:
+    OSError: not an image of one of FORMATS, or broken. Pillow raises others,
+      too (SyntaxError, ValueError, struct.error) on crafted files.
+  """
+  return Image.open(io.BytesIO(content), formats=FORMATS)
+
+
+def decode(content, channels):
+  """Decodes an image file.
+
+  JPEG by libjpeg's accurate integer transform, which is Pillow's default and
+  bit-equal to TensorFlow's INTEGER_ACCURATE. Alpha is dropped, of animations
+  the first frame is taken, 16 bits are cut to the upper 8, EXIF orientation
+  is ignored.
+
+  Args:
+    content: bytes, of any of FORMATS.
+    channels: 1 or 3.
+
+  Returns:
+    uint8 [H, W, channels].
+  """
+  image = open_image(content)
+  if image.mode.startswith('I'):  # 16 bits, grey: Pillow would clip them
+    return to_channels(
+        (np.asarray(image) >> 8).astype(np.uint8)[..., None], channels)
+  return to_channels(np.asarray(image.convert('RGB')), channels)
+
+
+def to_channels(images, channels):
+  """uint8 [..., 1 or 3] to uint8 [..., channels].
+
+  Grey by the ITU-R 601 weights in 16-bit fixed point, as Pillow does; done
+  here and not by the decoders because each of those rounds in its own way.
+  """
+  if images.shape[-1] == channels:
+    return images
+  if channels == 3:
+    return np.repeat(images, 3, axis=-1)
+  red, green, blue = np.moveaxis(images.astype(np.int32), -1, 0)
+  grey = (19595 * red + 38470 * green + 7471 * blue + 32768) >> 16
+  return grey.astype(np.uint8)[..., None]
+
+
+def apply(image, ops, views):
+  """Carries out `ops.views` on uint8 [H, W, C]; returns uint8 [h, w, C]."""
+  for op, view in zip(ops, views, strict=True):
+    if op.border:
+      image = _pad(image, op.border)
+    if op.crops:
+      image = image[view.top:view.top + view.height,
+                    view.left:view.left + view.width]
+    if op.resizes:
+      image = RESIZES[op.resizes](image, view.out_height, view.out_width)
+    if view.flip:
+      image = image[:, ::-1]
+  return image
+
+
+def _pad(image, border):
+  height, width, channels = image.shape
+  padded = np.zeros(
+      (height + 2 * border, width + 2 * border, channels), np.uint8)
+  padded[border:border + height, border:border + width] = image
+  return padded
+
+
+def resize_bilinear(image, height, width):
+  """`tf.image.resize(method='bilinear', antialias=False)`, truncated."""
+  image = image.astype(np.float32)
+  for axis, size in ((1, width), (0, height)):
+    if image.shape[axis] == size:
+      continue
+    scale = np.float32(image.shape[axis]) / np.float32(size)
+    at = (np.arange(size, dtype=np.float32) + np.float32(.5)) * scale
+    at -= np.float32(.5)
+    low = np.maximum(np.floor(at), 0).astype(np.int64)
+    high = np.minimum(np.ceil(at), image.shape[axis] - 1).astype(np.int64)
+    part = np.expand_dims(at - np.floor(at), (1, 2) if axis == 0 else (0, 2))
+    first = image.take(low, axis)
+    image = first + (image.take(high, axis) - first) * part
+  return np.clip(image, 0, 255).astype(np.uint8)
+
+
+def resize_area(image, height, width):
+  """`tf.image.resize(method='area')`, truncated: means over source boxes."""
+  image = image.astype(np.float32)
+  for axis, size in ((1, width), (0, height)):
+    if image.shape[axis] != size:
+      weights = _area_weights(image.shape[axis], size)
+      image = np.moveaxis(np.tensordot(weights, image, (1, axis)), 0, axis)
+  # Sums of float32 weights may end just below a whole number.
+  return np.clip(image + np.float32(1e-4), 0, 255).astype(np.uint8)
+
+
+def _area_weights(source, size):
+  """float32 [size, source]: the share of each source pixel in each result."""
+  edges = np.arange(size + 1) * (source / size)
+  pixels = np.arange(source)
+  overlap = (np.minimum(edges[1:, None], pixels + 1)
+             - np.maximum(edges[:-1, None], pixels))
+  return (np.maximum(overlap, 0) * (size / source)).astype(np.float32)
+
+
+RESIZES = {'bilinear': resize_bilinear, 'area': resize_area}

@@ -1,0 +1,372 @@
+"""Data sets as random access: N labelled examples, readable by index.
+
+A source is either encoded (image files, still to be decoded) or raw (uint8
+pixels). `SOURCES` says which exist; each function returns the training source
+and the evaluation sources, checked, with one list of class names.
+"""
+import dataclasses
+import hashlib
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+from absl import logging
+from PIL import Image
+
+
+class Source:
+  """Labelled images, by index.
+
+  Attributes:
+    labels: int32 [N], in [0, len(class_names)).
+    class_names: in the order of the labels.
+    encoded: whether `read` gives image files (bytes) or pixels.
+    in_memory: whether reading touches no disk.
+    image_shape: (H, W, C) of raw pixels; None where encoded.
+  """
+  encoded = False
+  in_memory = True
+  image_shape = None
+
+  def __init__(self, labels, class_names):
+    self.labels = np.asarray(labels, np.int32)
+    self.class_names = tuple(class_names)
+
+  @property
+  def num_examples(self):
+    return len(self.labels)
+
+  def counts(self):
+    """{class name: number of examples}, in class order."""
+    counts = np.bincount(self.labels, minlength=len(self.class_names))
+    return dict(zip(self.class_names, counts.tolist(), strict=True))
+
+  def read(self, indices):
+    """Encoded: list of bytes. Raw: uint8 [n, H, W, C]."""
+    raise NotImplementedError
+
+  def describe(self, index):
+    """What to call an example in an error message: a path, or a number."""
+    raise NotImplementedError
+
+
+class Pixels(Source):
+  """uint8 images in memory, [N, H, W, C]."""
+
+  def __init__(self, images, labels, class_names, name):
+    super().__init__(labels, class_names)
+    self._images, self._name = images, name
+    self.image_shape = images.shape[1:]
+
+  def read(self, indices):
+    return self._images[np.asarray(indices)]
+
+  def describe(self, index):
+    return f'{self._name} #{index}'
+
+
+class Packed:
+  """N byte strings end to end: little more memory than their contents."""
+
+  def __init__(self, data, offsets):
+    """uint8 [total] and int64 [N + 1]; string i is offsets[i]:offsets[i+1]."""
+    self._data, self._offsets = data, offsets
+
+  @classmethod
+  def of(cls, strings):
+    ends = np.cumsum([0, *map(len, strings)], dtype=np.int64)
+    return cls(np.frombuffer(b''.join(strings), np.uint8), ends)
+
+  def __getitem__(self, i):
+    return self._data[self._offsets[i]:self._offsets[i + 1]].tobytes()
+
+
+class Encoded(Source):
+  """Image files in memory."""
+  encoded = True
+
+  def __init__(self, files, labels, class_names, name):
+    super().__init__(labels, class_names)
+    self._files, self._name = files, name
+
+  def read(self, indices):
+    return [self._files[int(i)] for i in indices]
+
+  def describe(self, index):
+    return f'{self._name} #{index}'
+
+
+class Subset(Source):
+  """Some examples of another source, in the order of `rows`."""
+
+  def __init__(self, source, rows):
+    super().__init__(source.labels[rows], source.class_names)
+    self._source, self._rows = source, np.asarray(rows)
+    self.encoded, self.in_memory = source.encoded, source.in_memory
+    self.image_shape = source.image_shape
+
+  def read(self, indices):
+    return self._source.read(self._rows[np.asarray(indices)])
+
+  def describe(self, index):
+    return self._source.describe(self._rows[index])
+
+
+@dataclasses.dataclass(frozen=True)
+class Splits:
+  """What a data set offers: one source to train on, others to evaluate."""
+  train: Source
+  evals: dict[str, Source]
+
+
+def hold_out(source, names, count):
+  """Splits off a stratified evaluation part that never moves.
+
+  An example's place is drawn by hashing its name, not by `data_seed`: runs
+  with different seeds stay comparable, and adding files moves few others.
+
+  Args:
+    source: what to split.
+    names: N distinct strings.
+    count: examples to hold out. Each class gives its share, rounded so that
+      the shares add up, and keeps at least one example for training.
+
+  Returns:
+    (train, held out), two sources, each in the order of `source`.
+  """
+  draws = np.array([
+      int.from_bytes(
+          hashlib.blake2b(f'hold-out/{n}'.encode(), digest_size=8).digest())
+      for n in names], np.uint64)
+  per_class = np.bincount(source.labels, minlength=len(source.class_names))
+  share = count * per_class / max(source.num_examples, 1)
+  take = np.floor(share).astype(np.int64)
+  for c in np.argsort(take - share, kind='stable')[:count - take.sum()]:
+    take[c] += 1
+  take = np.minimum(take, np.maximum(per_class - 1, 0))
+  held = np.zeros(source.num_examples, bool)
+  # Sorted by class, then by draw: each class's first `take` are held out.
+  order = np.lexsort((draws, source.labels))
+  starts = np.cumsum(per_class) - per_class
+  for start, n in zip(starts, take, strict=True):
+    held[order[start:start + n]] = True
+  if not held.any():
+    raise ValueError(
+        f'Holding out {count} of {source.num_examples} examples leaves none '
+        'to evaluate. Raise input.holdout or add an evaluation part.')
+  return (Subset(source, np.flatnonzero(~held)),
+          Subset(source, np.flatnonzero(held)))
+
+
+def hold_out_fraction(source, names, fraction):
+  """`hold_out` of a fraction of the examples, with a line in the log."""
+  train, held = hold_out(source, names, round(fraction * source.num_examples))
+  logging.info(
+      'No evaluation part: holding out %d of %d examples, by class, as "val".',
+      held.num_examples, source.num_examples)
+  return Splits(train, {'val': held})
+
+
+def read_classes(path):
+  """Class names in order, from a JSON file that holds a list of them.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: it does not hold two or more distinct names.
+  """
+  try:
+    with open(path, encoding='utf-8') as f:
+      names = json.load(f)
+  except FileNotFoundError:
+    raise FileNotFoundError(
+        f'input.classes={path!r} does not exist. Name a JSON file with the '
+        'list of class names, or leave it empty.') from None
+  except (ValueError, RecursionError) as e:
+    raise ValueError(f'{path} is not JSON ({e}).') from None
+  if (not isinstance(names, list) or len(names) < 2
+      or not all(isinstance(n, str) and n for n in names)
+      or len(set(names)) < len(names)):
+    raise ValueError(
+        f'{path} must hold a list of at least two distinct class names, such '
+        'as ["cat", "dog"].')
+  return tuple(names)
+
+
+def digits(path, holdout, classes):
+  """scikit-learn's 1797 handwritten digits, 32 x 32 x 1, 500 for 'test'.
+
+  The 500 are fixed, whatever `holdout` says, so that results compare.
+  """
+  del holdout
+  if path:
+    raise ValueError(
+        f"input.source='digits' reads no file, but input.path={path!r}. Leave "
+        "it empty, or choose input.source='arrays' or 'folder'.")
+  # Imported here because it costs a second that other sources need not pay.
+  from sklearn.datasets import load_digits
+  images, labels = load_digits(return_X_y=True)
+  images = np.round(images * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
+  images = np.stack([
+      np.asarray(Image.fromarray(i).resize((32, 32), Image.Resampling.BILINEAR))
+      for i in images])[..., None]
+  names = _names(classes, tuple('0123456789'), 10, 'digits')
+  source = Pixels(images, labels, names, 'digits')
+  train, test = hold_out(source, map(str, range(len(labels))), 500)
+  return Splits(train, {'test': test})
+
+
+def arrays(path, holdout, classes):
+  """One .npz file; its keys are those of `from_arrays`.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: truncated, not an .npz file, pickled, or as in `from_arrays`.
+  """
+  if not os.path.isfile(path):
+    raise FileNotFoundError(
+        f'input.path={path!r} is no file. input.source=\'arrays\' reads one '
+        '.npz file with train_images and train_labels.')
+  key = None
+  try:
+    # allow_pickle=False: a data file must not be able to run code.
+    with np.load(path, allow_pickle=False) as file:
+      if not isinstance(file, np.lib.npyio.NpzFile):
+        raise ValueError('it holds a single array, not named ones')
+      columns = {}
+      for key in file.files:
+        if key in _KEYS:
+          columns[key] = file[key]
+  except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile,
+          zlib.error, NotImplementedError) as e:
+    where = f'key {key!r} of {path}' if key else path
+    raise ValueError(
+        f'{where} cannot be read ({e}). The file is truncated or was not '
+        'written by np.savez: write it again.') from e
+  return from_arrays(columns, holdout=holdout, classes=classes, name=path)
+
+
+_KEYS = ('class_names', *(
+    f'{part}_{column}' for part in ('train', 'test')
+    for column in ('images', 'labels', 'jpeg', 'offsets')))
+
+
+def from_arrays(columns, *, holdout=0.1, classes=(), name='arrays'):
+  """Sources over arrays in memory.
+
+  Args:
+    columns: {key: array}. Raw: `train_images` uint8 [N, H, W] or [N, H, W, C]
+      with C 1 or 3. Encoded: `train_jpeg` uint8 [total], the image files (of
+      any format that `decode` reads) end to end, with `train_offsets` int
+      [N + 1]. Both: `train_labels` int [N]. The same with `test_`, optional;
+      without it a part of the training examples is held out. `class_names`:
+      strings, optional.
+    holdout: fraction to hold out, in (0, 1).
+    classes: class names that replace `class_names`.
+    name: what to call the data in messages.
+
+  Returns:
+    Splits. Without names, classes are called '0', '1', ....
+
+  Raises:
+    ValueError: a missing key, a wrong dtype or shape, a label out of range.
+  """
+  parts = [p for p in ('train', 'test')
+           if p == 'train' or any(k.startswith('test_') for k in columns)]
+  labels = {p: _labels(columns, p, name) for p in parts}
+  num_classes = 1 + max(int(v.max()) for v in labels.values())
+  default = tuple(map(str, columns.get('class_names', range(num_classes))))
+  names = _names(classes, default, num_classes, name)
+  splits = {}
+  for part, y in labels.items():
+    where = f'{name} {part}'
+    if f'{part}_images' in columns:
+      images = _images(columns[f'{part}_images'], f'{part}_images', name)
+      splits[part], n = Pixels(images, y, names, where), len(images)
+    else:
+      files, n = _files(columns, part, name)
+      splits[part] = Encoded(files, y, names, where)
+    if n != len(y):
+      raise ValueError(
+          f'{name}: {n} {part} images but {len(y)} {part}_labels. Each image '
+          'needs one label.')
+  if 'test' in splits:
+    return Splits(splits['train'], {'test': splits['test']})
+  rows = range(splits['train'].num_examples)
+  return hold_out_fraction(splits['train'], map(str, rows), holdout)
+
+
+def _column(columns, key, name):
+  if key not in columns:
+    raise ValueError(
+        f'{name} has no {key!r}, only {sorted(columns)}. Raw pixels need '
+        'train_images and train_labels, image files train_jpeg, train_offsets '
+        'and train_labels; the same with test_ is optional.')
+  return np.asarray(columns[key])
+
+
+def _labels(columns, part, name):
+  key = f'{part}_labels'
+  labels = _column(columns, key, name)
+  if labels.ndim != 1 or labels.dtype.kind not in 'iu' or not labels.size:
+    raise ValueError(
+        f'{name}: {key!r} must be integers [N], N >= 1, got {labels.dtype} '
+        f'{list(labels.shape)}.')
+  # Above 2**24 it is an identifier, not a class, and would ask for a head of
+  # that width.
+  if labels.min() < 0 or labels.max() >= 2**24:
+    raise ValueError(
+        f'{name}: {key!r} spans {labels.min()} to {labels.max()}. Number the '
+        'classes 0, 1, 2, ...')
+  return labels
+
+
+def _images(images, key, name):
+  images = np.asarray(images)
+  if images.ndim == 3:
+    images = images[..., None]
+  if (images.ndim != 4 or images.shape[-1] not in (1, 3)
+      or 0 in images.shape or images.dtype != np.uint8):
+    raise ValueError(
+        f'{name}: {key!r} must be uint8 [N, H, W] or [N, H, W, C] with C 1 or '
+        f'3, got {images.dtype} {list(images.shape)}. Convert it (floats in '
+        '[0, 1]: multiply by 255 and round).')
+  return images
+
+
+def _files(columns, part, name):
+  data = _column(columns, f'{part}_jpeg', name)
+  ends = _column(columns, f'{part}_offsets', name)
+  if data.ndim != 1 or data.dtype != np.uint8:
+    raise ValueError(f"{name}: '{part}_jpeg' must be uint8 [total], got "
+                     f'{data.dtype} {list(data.shape)}.')
+  if (ends.ndim != 1 or ends.dtype.kind not in 'iu' or len(ends) < 2
+      or ends[0] != 0 or ends[-1] != len(data)
+      or (ends[1:] < ends[:-1]).any()):
+    raise ValueError(
+        f"{name}: '{part}_offsets' must be integers [N + 1] that grow from 0 "
+        f"to the {len(data)} bytes of '{part}_jpeg'.")
+  return Packed(data, ends.astype(np.int64)), len(ends) - 1
+
+
+def _names(classes: Sequence[str], default, num_classes, name):
+  """Checked class names: `classes` if given, else `default`."""
+  names = tuple(classes) or default
+  if len(names) < num_classes or len(names) < 2 or (
+      len(set(names)) < len(names)):
+    raise ValueError(
+        f'{name}: {len(names)} distinct class names for labels 0 to '
+        f'{num_classes - 1}. Classification needs two classes or more, and a '
+        'name for each.')
+  return names
+
+
+def folder(path, holdout, classes):
+  """Images in folders; see `input_pipeline.folder`."""
+  from input_pipeline import folder as folder_
+  return folder_.open_splits(path, holdout, classes)
+
+
+SOURCES = {'digits': digits, 'arrays': arrays, 'folder': folder}

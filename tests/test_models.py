@@ -1,0 +1,473 @@
+"""ViT: sizes against the released ones, and what each field does."""
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from vit_jax.models import encoder, vit
+
+# Parameters with a class token at C=1000, C=1000 and 384 px, C=21843.
+# google-research/vision_transformer models_test.py and released checkpoints.
+TOKEN = {
+    'Ti/16': (5_717_416, 5_790_376, 9_740_115),
+    'S/16': (22_050_664, 22_196_584, 30_075_219),
+    'S/32': (22_878_952, 22_915_432, 30_903_507),
+    'B/8': (86_576_872, 87_744_232, 102_605_139),
+    'B/16': (86_567_656, 86_859_496, 102_595_923),
+    'B/32': (88_224_232, 88_297_192, 104_252_499),
+    'L/16': (304_326_632, 304_715_752, 325_690_707),
+    'L/32': (306_535_400, 306_632_680, 327_899_475),
+    'H/14': (632_045_800, 632_651_240, 658_745_683),
+}
+# Mean over tokens, C=1000.  big_vision models/vit.py; S/32 and B/32 released
+GAP = {
+    'mu/16': 76_648,
+    'Ti/16': 5_717_032,
+    'S/16': 22_049_896,
+    'S/32': 22_878_184,
+    'M/16': 38_836_712,
+    'B/16': 86_566_120,
+    'B/32': 88_222_696,
+    'L/16': 304_324_584,
+    'So400m/16': 413_733_592,
+    'H/16': 632_196_840,
+    'g/16': 1_012_777_576,
+    'G/16': 1_844_637_032,
+    'e/16': 3_807_425_768,
+}
+
+
+def _params(image_size=224, **kw):
+  # scan: the same parameters, and one block to trace in place of 56.
+  model = vit.create(stem='patchify', scan=True, **kw)
+  images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+  variables = jax.eval_shape(
+      lambda key, x: model.init(key, x, train=False),
+      jax.random.key(0), images)
+  return sum(math.prod(x.shape) for x in jax.tree.leaves(variables['params']))
+
+
+@pytest.mark.parametrize('size', TOKEN)
+def test_parameters_with_a_class_token(size):
+  assert TOKEN[size] == (
+      _params(size=size, num_classes=1000),
+      _params(384, size=size, num_classes=1000),
+      _params(size=size, num_classes=21843))
+
+
+@pytest.mark.parametrize('size', GAP)
+def test_parameters_with_mean_pooling(size):
+  assert _params(size=size, num_classes=1000, pool='gap') == GAP[size]
+
+
+def test_parameters_with_sincos2d():
+  """big_vision's S/16 baseline without its hidden layer in the head."""
+  assert _params(
+      size='S/16', num_classes=1000, pool='gap',
+      pos_embedding='sincos2d') == 21_974_632
+
+
+# What fields do: all on micro, at 32 pixels.
+
+IMAGES = jax.random.normal(jax.random.key(7), (4, 32, 32, 3))
+
+
+def _create(stem='patchify', **kw):
+  return vit.create(size='micro', stem=stem, num_classes=10, **kw)
+
+
+@functools.cache
+def _variables(model, image_size=32, channels=3):
+  """Initial variables, but for the head, whose zeros would hide everything."""
+  variables = jax.jit(lambda key: model.init(
+      key, jnp.zeros((1, image_size, image_size, channels)), train=False))(
+          jax.random.key(0))
+  head = variables['params']['head']
+  head['kernel'] = jax.random.normal(jax.random.key(1), head['kernel'].shape)
+  return variables
+
+
+def _logits(model, variables, images=IMAGES, **kw):
+  kw.setdefault('train', False)
+  return jax.jit(lambda v, x: model.apply(v, x, **kw))(variables, images)
+
+
+def _differ(a, b):
+  return float(jnp.abs(a - b).max())
+
+
+def test_parameter_names():
+  tree = _variables(_create())['params']
+  assert set(tree) == {'stem', 'cls', 'pos_embedding', 'encoder', 'head'}
+  assert tree['cls'].shape == (1, 1, 64)
+  assert tree['pos_embedding'].shape == (1, 17, 64)
+  assert set(tree['encoder']) == {
+      'block_00', 'block_01', 'block_02', 'block_03', 'norm'}
+  block = tree['encoder']['block_00']
+  assert set(block) == {'norm_attention', 'attention', 'norm_mlp', 'mlp'}
+  assert jax.tree.map(jnp.shape, block['attention']) == {
+      'query': {'kernel': (64, 4, 16), 'bias': (4, 16)},
+      'key': {'kernel': (64, 4, 16), 'bias': (4, 16)},
+      'value': {'kernel': (64, 4, 16), 'bias': (4, 16)},
+      'out': {'kernel': (4, 16, 64), 'bias': (64,)}}
+  assert jax.tree.map(jnp.shape, block['mlp']) == {
+      'fc1': {'kernel': (64, 192), 'bias': (192,)},
+      'fc2': {'kernel': (192, 64), 'bias': (64,)}}
+
+
+def test_a_conv_stem_takes_the_place_of_one_block():
+  assert (_create().depth, _create('conv').depth) == (4, 3)
+  assert vit.create(size='72GF', stem='conv', num_classes=2).depth == 22
+
+
+@pytest.mark.parametrize('stem', ['patchify', 'conv'])
+def test_pools_and_position_embeddings(stem):
+  logits = {}
+  for pool, pos_embedding in (
+      ('token', 'learned'), ('gap', 'learned'), ('token', 'sincos2d')):
+    model = _create(stem, pool=pool, pos_embedding=pos_embedding)
+    variables = _variables(model)
+    assert ('cls' in variables['params']) == (pool == 'token')
+    if pos_embedding == 'learned':
+      assert variables['params']['pos_embedding'].shape == (
+          1, 17 if pool == 'token' else 16, 64)
+    else:
+      assert 'pos_embedding' not in variables['params']
+    logits[pool, pos_embedding] = _logits(model, variables)
+  values = list(logits.values())
+  assert all(x.shape == (4, 10) and x.dtype == jnp.float32 for x in values)
+  assert all(_differ(values[0], x) > 1e-2 for x in values[1:])
+
+
+def test_sincos2d_tells_rows_from_columns():
+  table = vit.sincos2d(3, 5, 64).reshape(3, 5, 64)
+  assert np.array_equal(table[0, 2, :32], table[2, 2, :32])  # the same x
+  assert np.array_equal(table[2, 0, 32:], table[2, 4, 32:])  # the same y
+  np.testing.assert_allclose(table[0, 2, 0], np.sin(2.0), rtol=1e-6)
+  np.testing.assert_allclose(table[2, 0, 48], np.cos(2.0), rtol=1e-6)
+  assert len(np.unique(table.reshape(15, 64).round(4), axis=0)) == 15
+
+
+def test_gelu_matters():
+  variables = _variables(_create())
+  erf = _logits(_create(gelu='erf'), variables)
+  tanh = _logits(_create(gelu='tanh'), variables)
+  assert 1e-6 < _differ(erf, tanh) < 1e-1
+
+
+def test_head_bias_and_zero_head():
+  model = _create(head_bias=-6.9)
+  variables = jax.jit(
+      lambda key: model.init(key, IMAGES, train=False))(jax.random.key(0))
+  np.testing.assert_allclose(
+      _logits(model, variables), np.full((4, 10), -6.9), rtol=1e-6)
+
+
+def test_one_channel():
+  model = _create('conv')
+  variables = _variables(model, channels=1)
+  assert _logits(model, variables, IMAGES[..., :1]).shape == (4, 10)
+
+
+@pytest.mark.parametrize('remat', ['none', 'full', 'dots'])
+def test_scan_equals_loop(remat):
+  loop = _create()
+  scan = _create(scan=True, remat=remat)
+  variables = _variables(loop)
+  params = dict(variables['params'])
+  blocks = dict(params['encoder'])
+  norm = blocks.pop('norm')
+  stacked = jax.tree.map(
+      lambda *x: jnp.stack(x), *(blocks[k] for k in sorted(blocks)))
+  params['encoder'] = {'blocks': stacked, 'norm': norm}
+  # The trees differ, and so would a permutation of the blocks.
+  own = jax.eval_shape(
+      lambda key: scan.init(key, IMAGES, train=False), jax.random.key(0))
+  assert jax.tree.structure(own['params']) == jax.tree.structure(params)
+  assert jax.tree.structure(own) != jax.tree.structure(variables)
+  a = _logits(loop, variables)
+  assert _differ(a, _logits(scan, {'params': params})) < 1e-4
+  params['encoder'] = {
+      'blocks': jax.tree.map(lambda x: x[::-1], stacked), 'norm': norm}
+  assert _differ(a, _logits(scan, {'params': params})) > 1e-2
+
+
+@pytest.mark.parametrize('scan', [False, True])
+def test_gradients_through_remat(scan):
+  """With dropout: the second forward pass draws the same masks."""
+  def gradient(remat):
+    model = _create(
+        dropout=0.1, stochastic_depth=0.2, scan=scan, remat=remat)
+    def loss(params):
+      return model.apply(
+          {'params': params}, IMAGES, train=True,
+          rngs={'dropout': jax.random.key(3)}).var()
+    grad = jax.jit(jax.grad(loss))
+    params = _variables(model)['params']
+    jaxpr = str(jax.make_jaxpr(jax.grad(loss))(params))
+    return grad(params), jaxpr
+  plain, plain_jaxpr = gradient('none')
+  remat, remat_jaxpr = gradient('full')
+  assert plain_jaxpr.count('dot_general') < remat_jaxpr.count('dot_general')
+  for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(remat), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize('stem', ['patchify', 'conv'])
+def test_bfloat16_is_near_float32(stem):
+  f32, bf16 = _create(stem), _create(stem, dtype='bfloat16')
+  variables = _variables(bf16)
+  assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(variables))
+  a, b = _logits(f32, variables), _logits(bf16, variables)
+  assert b.dtype == jnp.float32
+  scale = float(jnp.abs(a).max())
+  assert 1e-5 * scale < _differ(a, b) < 0.05 * scale
+  # Nothing but the encoder's end computes in float32 on the way.
+  text = jax.jit(lambda v, x: bf16.apply(v, x, train=False)).lower(
+      variables, IMAGES).as_text()
+  matmuls = [line for line in text.splitlines()
+             if 'dot_general' in line or 'stablehlo.convolution' in line]
+  full = [line for line in matmuls if 'bf16' not in line]
+  assert len(full) == 1 and len(matmuls) > 20  # the head
+
+
+# Dropout and stochastic depth.
+
+
+def test_dropout_needs_train_and_a_key():
+  model = _create(dropout=0.5)
+  variables = _variables(model)
+  plain = _logits(_create(), variables)
+  assert _differ(plain, _logits(model, variables)) == 0
+  one, same, two = (
+      _logits(model, variables, train=True, rngs={'dropout': jax.random.key(i)})
+      for i in (0, 0, 1))
+  assert _differ(one, same) == 0
+  assert min(_differ(one, two), _differ(one, plain)) > 1e-2
+
+
+def test_stochastic_depth_rates_grow_linearly():
+  rates = []
+
+  def record(call, args, kwargs, context):
+    if isinstance(context.module, encoder.Block) and len(args) == 3:
+      rates.append(float(args[1]))
+    return call(*args, **kwargs)
+
+  model = _create(stochastic_depth=0.3)
+  with nn.intercept_methods(record):
+    model.apply(
+        _variables(model), IMAGES, train=True,
+        rngs={'dropout': jax.random.key(0)})
+  np.testing.assert_allclose(rates[:4], [0.0, 0.1, 0.2, 0.3], rtol=1e-6)
+
+
+def test_stochastic_depth_skips_whole_examples_and_rescales():
+  block = encoder.Block(
+      heads=1, mlp=4, gelu='erf', norm_eps=1e-6, init_name='paper',
+      dropout=0.0, dtype='float32')
+  y = np.asarray(block.apply(
+      {}, jnp.ones((4000, 2, 3)), 0.25, True,
+      rngs={'dropout': jax.random.key(0)}, method='_skip_examples'))
+  assert (y == y[:, :1, :1]).all()
+  kept = y[:, 0, 0] != 0
+  np.testing.assert_allclose(y[kept], 1 / 0.75, rtol=1e-6)
+  assert abs(kept.mean() - 0.75) < 0.03
+
+
+def test_stochastic_depth_in_a_scan():
+  model = _create(stochastic_depth=0.5, scan=True)
+  variables = _variables(model)
+  a, b = (
+      _logits(model, variables, train=True, rngs={'dropout': jax.random.key(i)})
+      for i in (0, 1))
+  assert _differ(a, b) > 1e-2
+
+
+def test_frozen_batch_norm_leaves_statistics():
+  frozen = _create('conv', batch_norm='frozen')
+  variables = _variables(frozen)
+  logits, new = _logits(
+      frozen, variables, train=True, mutable=['batch_stats'])
+  jax.tree.map(
+      np.testing.assert_array_equal, new['batch_stats'],
+      variables['batch_stats'])
+  assert _differ(logits, _logits(frozen, variables)) < 1e-4
+  _, new = _logits(
+      _create('conv'), variables, train=True, mutable=['batch_stats'])
+  assert _differ(
+      new['batch_stats']['stem']['norm_0']['mean'],
+      variables['batch_stats']['stem']['norm_0']['mean']) > 1e-4
+
+
+# The token grid.
+
+
+def test_token_grid():
+  assert vit.token_grid(16, 224) == ((14, 14), (0, 0))
+  assert vit.token_grid(14, 384) == ((27, 27), (6, 6))
+  assert vit.token_grid(16, (224, 250)) == ((14, 15), (0, 10))
+  with pytest.raises(ValueError, match='28x28 pixels is smaller than one patch'):
+    vit.token_grid(32, 28)
+
+
+@pytest.mark.parametrize('stem', ['patchify', 'conv'])
+def test_pixels_beyond_the_last_patch_are_ignored(stem):
+  model = _create(stem)
+  padded = jnp.pad(
+      IMAGES, ((0, 0), (0, 3), (0, 7), (0, 0)), constant_values=9.0)
+  a = _logits(model, _variables(model))
+  assert _differ(a, _logits(model, _variables(model), padded)) < 1e-5
+
+
+def test_an_image_smaller_than_a_patch():
+  with pytest.raises(ValueError, match='smaller than one patch'):
+    _create().init(jax.random.key(0), jnp.zeros((1, 7, 32, 3)), train=False)
+
+
+# The sharding constraint at the start of every block.
+
+RULES = (('batch', 'data'), ('tokens', None), ('embed', None))
+
+
+def _lowered(model, rules=None, mesh=None):
+  variables = jax.eval_shape(
+      lambda key: model.init(key, IMAGES, train=False), jax.random.key(0))
+  images = jax.ShapeDtypeStruct((8, 32, 32, 3), jnp.float32)
+
+  def lower():
+    return jax.jit(lambda v, x: model.apply(v, x, train=False)).lower(
+        variables, images).as_text()
+
+  if mesh is None:
+    return lower()
+  with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+    return lower()
+
+
+def _mesh():
+  return jax.make_mesh(
+      (8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+@pytest.mark.parametrize('scan, blocks', [(False, 4), (True, 1)])
+def test_sharding_constraint_of_every_block(scan, blocks):
+  model = _create(scan=scan)
+  assert 'sharding_constraint' not in _lowered(model)
+  text = _lowered(model, RULES, _mesh())
+  lines = [x for x in text.splitlines() if 'sdy.sharding_constraint' in x]
+  assert len(lines) == blocks
+  assert all('[{"data"}, {}, {}]' in line for line in lines)
+
+
+def test_an_axis_without_a_rule_is_an_error():
+  with pytest.raises(ValueError, match='did not match a rule'):
+    _lowered(_create(), RULES[:2], _mesh())
+
+
+def test_eight_devices_agree_with_one():
+  model = _create('conv')
+  variables = _variables(model)
+  images = jnp.concatenate([IMAGES, IMAGES[::-1]])
+  one = _logits(model, variables, images)
+  with jax.set_mesh(_mesh()), nn.logical_axis_rules(RULES):
+    eight = _logits(model, variables, images)
+  assert len(eight.sharding.device_set) == 8
+  assert _differ(one, jax.device_get(eight)) < 1e-4
+
+
+# Errors.
+
+
+@pytest.mark.parametrize('kw, message', [
+    ({'size': 'S16'}, r"Unknown size 'S16'\.\nDid you mean 'S/16'\? There is"),
+    ({'size': 'Ti'}, r"Unknown size 'Ti'\.\nDid you mean 'Ti/"),
+    ({'size': '5GF'}, "Unknown size '5GF'.\nDid you mean '.*GF'"),
+    ({'stem': 'convs'}, "Unknown stem 'convs'.\nDid you mean 'conv'?"),
+    ({'pool': 'tok'}, "Unknown pool 'tok'.\nDid you mean 'token'?"),
+    ({'pos_embedding': 'rope'}, 'There is: learned, sincos2d'),
+    ({'gelu': 'exact'}, 'There is: erf, tanh'),
+    ({'init': 'torch'}, 'There is: paper, pycls_2022, big_vision'),
+    ({'batch_norm': 'off'}, 'There is: train, frozen'),
+    ({'remat': True}, 'There is: none, full, dots'),
+    ({'dtype': 'float16'}, 'There is: float32, bfloat16'),
+    ({'dropout': 1.0}, r'dropout is 1.0.\nIt is a probability in \[0, 1\)'),
+    ({'stochastic_depth': -0.1}, 'stochastic_depth is -0.1'),
+    ({'num_classes': 0}, 'num_classes is at least 1'),
+    ({'size': 'H/14', 'stem': 'conv'}, 'never to the patch 14.\nTake H/16'),
+])
+def test_wrong_arguments(kw, message):
+  with pytest.raises(ValueError, match=message):
+    vit.create(**{
+        'size': 'micro', 'stem': 'patchify', 'num_classes': 10, **kw})
+
+
+def test_unknown_keyword():
+  with pytest.raises(TypeError, match='drop_path'):
+    _create(drop_path=0.1)
+
+
+# Initialisation. Numbers follow from the rows of initializers.py with D = 64,
+# M = 192; 'paper' and 'pycls_2022' are pycls' init_weights_vit of 2021 and of
+# March 2022, 'big_vision' is its models/vit.py.
+
+INIT = {
+    # path: {init: (law, bound or std)}
+    'stem/conv_1/kernel': {  # [3, 3, 16, 32]
+        'paper': ('uniform', 1 / 12),  # 1 / sqrt(9 * 16)
+        'pycls_2022': ('normal', 0.25),  # sqrt(2 / 32)
+        'big_vision': ('normal', 1 / 12)},
+    'stem/projection/kernel': {  # [1, 1, 64, 64]
+        'paper': ('normal', 0.17678),  # sqrt(2 / 64)
+        'pycls_2022': ('normal', 0.125),
+        'big_vision': ('normal', 0.125)},
+    'encoder/block_00/attention/query/kernel': {
+        'paper': ('uniform', 0.15309),  # sqrt(6 / (4 * 64))
+        'pycls_2022': ('uniform', 0.15309),
+        'big_vision': ('uniform', 0.21651)},  # sqrt(6 / (2 * 64))
+    'encoder/block_02/attention/out/kernel': {
+        'paper': ('uniform', 0.125),  # 1 / sqrt(64)
+        'pycls_2022': ('uniform', 0.125),
+        'big_vision': ('uniform', 0.21651)},
+    'encoder/block_00/mlp/fc1/kernel': dict.fromkeys(
+        ('paper', 'pycls_2022', 'big_vision'),
+        ('uniform', 0.15309)),  # sqrt(6 / (64 + 192))
+    'encoder/block_00/mlp/fc1/bias': dict.fromkeys(
+        ('paper', 'pycls_2022', 'big_vision'), ('normal', 1e-6)),
+    'pos_embedding': {
+        'paper': ('normal', 0.02),
+        'pycls_2022': ('normal', 0.02),
+        'big_vision': ('normal', 0.125)},  # 1 / sqrt(64)
+    'encoder/block_01/attention/value/bias': dict.fromkeys(
+        ('paper', 'pycls_2022', 'big_vision'), ('normal', 0.0)),
+    'cls': dict.fromkeys(
+        ('paper', 'pycls_2022', 'big_vision'), ('normal', 0.0)),
+}
+
+
+@pytest.mark.parametrize('init', ['paper', 'pycls_2022', 'big_vision'])
+def test_initial_values(init):
+  params = _variables(_create('conv', init=init))['params']
+  for path, laws in INIT.items():
+    x = functools.reduce(lambda tree, k: tree[k], path.split('/'), params)
+    x = np.asarray(x, np.float64)
+    law, size = laws[init]
+    tolerance = 4 / math.sqrt(2 * x.size)  # four standard errors of a std
+    if law == 'uniform':
+      assert size * 0.99 < np.abs(x).max() <= size * (1 + 1e-6), path
+      size = size / math.sqrt(3)
+    assert abs(x.std() - size) <= tolerance * size, path
+
+
+def test_initial_patchify_kernel():
+  """Std sqrt(1 / fan_in); cut at two of them in big_vision, not in torch."""
+  std = 1 / math.sqrt(3 * 8 * 8)
+  for init, cut in (('paper', False), ('big_vision', True)):
+    kernel = np.asarray(_variables(
+        _create(init=init))['params']['stem']['embedding']['kernel'])
+    assert abs(kernel.std() / std - 1) < 0.03
+    assert (np.abs(kernel).max() < 2.3 * std) == cut

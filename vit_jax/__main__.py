@@ -1,0 +1,45 @@
+"""The command line: `vit-jax COMMAND ...` or `python -m vit_jax COMMAND ...`."""
+import ast
+import importlib
+import importlib.util
+import sys
+
+COMMANDS = {
+    # command: (module, one line)
+    'train': ('vit_jax.train', 'train a model as a config says'),
+    'plan': ('vit_jax.commands.plan', 'what a config will compute and cost'),
+    'doctor': ('vit_jax.commands.doctor', 'versions, devices, mismatches'),
+    'results': ('vit_jax.commands.results', 'final metrics of runs, by config'),
+}
+
+
+def main(argv=None):
+  """Runs a command; returns its exit code. Help needs no import of jax."""
+  argv = sys.argv[1:] if argv is None else list(argv)
+  if not argv or argv[0] in ('-h', '--help', 'help'):
+    print('usage: vit-jax COMMAND ...\n\n' + '\n'.join(
+        f'  {name:10} {line}' for name, (_, line) in COMMANDS.items())
+        + '\n\nvit-jax COMMAND --help says more.')
+    return 0
+  name, rest = argv[0], argv[1:]
+  if name not in COMMANDS:
+    from vit_jax import choices
+    print('error: ' + choices.unknown(name, COMMANDS, 'command').replace(
+        '\n', '\n  '), file=sys.stderr)
+    return 2
+  module = COMMANDS[name][0]
+  if any(a in ('-h', '--help') for a in rest):
+    print(docstring(module))
+    return 0
+  return importlib.import_module(module).main(rest)
+
+
+def docstring(module):
+  """The module's docstring, which is its help, without importing it."""
+  path = importlib.util.find_spec(module).origin
+  with open(path) as f:
+    return ast.get_docstring(ast.parse(f.read()))
+
+
+if __name__ == '__main__':
+  sys.exit(main())

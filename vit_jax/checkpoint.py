@@ -1,0 +1,231 @@
+"""Orbax checkpoints: asynchronous, on any mesh, the same command resumes.
+
+Where a run's state comes from, first match wins:
+  1. the newest readable checkpoint of its own workdir;
+  2. with --fork, the newest readable checkpoint of the run it forks from;
+  3. `init_from.run`: weights only, at step 0;
+  4. the initialisation.
+"""
+import logging
+import os
+import shutil
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from vit_jax import param_paths
+from vit_jax.metric_writer import say
+
+FOLDER = 'checkpoints'
+
+
+class Manager:
+  """Saves and restores `TrainState`s under `<workdir>/checkpoints`."""
+
+  def __init__(self, workdir, keep_last=2, keep_best=''):
+    """Opens (and makes) the folder.
+
+    Args:
+      workdir: the run's folder.
+      keep_last: how many of the newest checkpoints stay.
+      keep_best: name of a metric, such as 'test/top1', by which one more
+        checkpoint stays; '' for none. Only checkpoints saved at a step that
+        was evaluated compete.
+
+    Raises:
+      ValueError: keep_last below 1.
+    """
+    if keep_last < 1:
+      raise ValueError(f'checkpoint.keep_last={keep_last}.\nKeep at least 1.')
+    self._keep_best = keep_best
+    self._folder = os.path.join(str(workdir), FOLDER)
+    policies = ocp.checkpoint_managers
+    keep = [policies.LatestN(keep_last)]
+    if keep_best:
+      keep.append(policies.BestN(
+          n=1, get_metric_fn=lambda metrics: metrics[keep_best],
+          keep_checkpoints_without_metrics=False))
+    self._manager = ocp.CheckpointManager(
+        _absolute(self._folder),
+        options=ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy(keep),
+            cleanup_tmp_directories=True))
+
+  def latest_step(self):
+    """The newest checkpoint's step, or None."""
+    return self._manager.latest_step()
+
+  def restore(self, abstract_state):
+    """Returns the newest readable state, or None if there is no checkpoint.
+
+    Args:
+      abstract_state: tree of ShapeDtypeStructs with the shardings wanted,
+        which need not be those it was saved with.
+
+    Raises:
+      ValueError: there are checkpoints and none can be read.
+    """
+    steps = sorted(self._manager.all_steps(), reverse=True)
+    for step in steps:
+      try:
+        return self._manager.restore(
+            step, args=ocp.args.StandardRestore(abstract_state))
+      except Exception as e:  # noqa: BLE001 - whatever a damaged file raises
+        logging.warning(
+            'checkpoint %d cannot be read (%s); trying the one before',
+            step, _first_line(e))
+        self._set_aside(step)
+    if steps:
+      raise ValueError(
+          f'None of the checkpoints {steps} in {self._folder} can be read.\n'
+          'They were renamed to *.unreadable: start again in this workdir, or '
+          'restore the folder from a backup.')
+    return None
+
+  def save(self, state, metrics=None):
+    """Starts saving `state`; returns before the files are written.
+
+    Args:
+      state: `TrainState`. One with a non-finite step is not saved.
+      metrics: evaluation rows of this very step, for `keep_best`.
+
+    Returns:
+      Whether a save was started.
+    """
+    step = int(state.step)
+    if int(state.first_nonfinite_step) >= 0 or step in self._manager.all_steps():
+      return False
+    metrics = metrics if metrics and self._keep_best in metrics else None
+    return self._manager.save(
+        step, args=ocp.args.StandardSave(state), metrics=metrics, force=True)
+
+  def wait(self):
+    """Blocks until what was started is on disk."""
+    self._manager.wait_until_finished()
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    """Finishes what is being written, also when an exception passes."""
+    self._manager.close()
+
+  def _set_aside(self, step):
+    """Renames a damaged checkpoint, so that its step can be saved again."""
+    if jax.process_index() == 0:
+      path = os.path.join(self._folder, str(step))
+      shutil.rmtree(path + '.unreadable', ignore_errors=True)
+      os.rename(path, path + '.unreadable')
+    self._manager.reload()
+
+
+def check_disk(workdir, abstract_state):
+  """Raises ValueError where one checkpoint would not fit on the disk.
+
+  Remote folders (gs://) are not asked.
+  """
+  if '://' in str(workdir):
+    return
+  need = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract_state))
+  free = shutil.disk_usage(workdir).free
+  if free < need:
+    raise ValueError(
+        f'A checkpoint needs {need / 1e9:.2f} GB and {workdir} has '
+        f'{free / 1e9:.2f} GB free.\nFree some space or choose another '
+        '--workdir.')
+
+
+def init_from(config, variables):
+  """Reads the weights of another run that a config section asks for.
+
+  Args:
+    config: `run` (a workdir; '' for none), `weights` (ema | raw), `paths` and
+      `reset` (regexes of parameters and statistics to take, and of those among
+      them to leave as initialised).
+    variables: {'params', 'batch_stats'}: the model's shapes.
+
+  Returns:
+    {'params': {path: array}, 'batch_stats': ...}, empty without a run.
+
+  Raises:
+    ValueError: no such run, a wanted leaf that it lacks or that has another
+      shape, a pattern that matches nothing.
+  """
+  run, weights = config['run'], config['weights']
+  paths, reset = tuple(config['paths']), tuple(config['reset'])
+  if not run:
+    return {}
+  loaded = load_weights(run, weights)
+  param_paths.check(param_paths.flatten(variables['params']), paths + reset)
+  given, left = {}, []
+  for kind in ('params', 'batch_stats'):
+    given[kind] = {}
+    for path, leaf in param_paths.flatten(variables.get(kind, {})).items():
+      if not param_paths.matches(path, paths):
+        continue
+      if param_paths.matches(path, reset):
+        left.append(path)
+      elif path not in loaded[kind]:
+        raise ValueError(
+            f'init_from.run={run} has no {path}.\n'
+            'Narrow init_from.paths, or list it in init_from.reset.')
+      elif loaded[kind][path].shape != leaf.shape:
+        raise ValueError(
+            f'{path} is {loaded[kind][path].shape} in init_from.run={run} and '
+            f'{leaf.shape} here.\nList it in init_from.reset to start it '
+            'afresh.')
+      else:
+        given[kind][path] = loaded[kind][path]
+  taken = sum(len(arrays) for arrays in given.values())
+  say(f'init_from: took {taken} arrays of {run}; reset: '
+      f'{", ".join(left) or "none"}')
+  return given
+
+
+def load_weights(run, weights):
+  """Reads the weights in another run's newest checkpoint, as numpy.
+
+  Args:
+    run: its workdir.
+    weights: 'ema' (raw where the run kept no averages) or 'raw'.
+
+  Returns:
+    {'params': {path: array}, 'batch_stats': {path: array}}.
+
+  Raises:
+    ValueError: no such run or no checkpoint in it.
+  """
+  folder = os.path.join(run, FOLDER)
+  if '://' not in folder and not os.path.isdir(folder):
+    raise ValueError(f'init_from.run={run} holds no {FOLDER}/ folder.\n'
+                     'Give the --workdir of a run that has saved a checkpoint.')
+  if weights not in ('ema', 'raw'):
+    raise ValueError(f'init_from.weights={weights!r}.\nGive ema or raw.')
+  options = ocp.CheckpointManagerOptions(read_only=True)
+  with ocp.CheckpointManager(_absolute(folder), options=options) as manager:
+    step = manager.latest_step()
+  if step is None:
+    raise ValueError(f'init_from.run={run} has no complete checkpoint.\n'
+                     'Let it save one first.')
+  path = os.path.join(_absolute(folder), str(step), 'default')
+  # Read as the nested dicts it was saved as, on the host, whatever mesh wrote
+  # them.
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    saved = reader.metadata(path).item_metadata.tree
+    as_numpy = jax.tree.map(
+        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
+    tree = reader.restore(
+        path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+  source = tree['ema'] if weights == 'ema' and tree.get('ema') else tree
+  params = param_paths.merge(source['params'], tree['frozen'] or {})
+  return {'params': param_paths.flatten(params),
+          'batch_stats': param_paths.flatten(source['batch_stats'] or {})}
+
+
+def _absolute(path):
+  return path if '://' in path else os.path.abspath(path)
+
+
+def _first_line(error):
+  return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

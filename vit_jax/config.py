@@ -1,0 +1,269 @@
+"""Config files: parsed with one-line errors, and checked to be obeyed.
+
+A key that nothing reads is the commonest silent bug of this kind of code, so
+reads are recorded and an unread leaf stops the run before its first step.
+"""
+import difflib
+
+from absl import flags
+from ml_collections import ConfigDict
+from ml_collections import FieldReference
+from ml_collections import config_flags
+
+from vit_jax import durations
+
+# HOW a run is done: may change when it is resumed. Every other key says WHAT
+# is computed; a change of those is another experiment.
+HOW = ('mesh', 'prefetch', 'log', 'eval', 'evaluators', 'checkpoint',
+       'compilation_cache', 'model.remat', 'input.path')
+
+
+def is_how(path):
+  """Whether the leaf at a dotted path is of the HOW kind."""
+  return any(path == h or path.startswith(h + '.') for h in HOW)
+
+
+def flatten(config, prefix=''):
+  """Nested dicts -> {dotted path: leaf}; an empty dict is a leaf."""
+  flat = {}
+  for key, value in config.items():
+    path = f'{prefix}{key}'
+    if hasattr(value, 'items') and len(value):
+      flat.update(flatten(value, path + '.'))
+    else:
+      flat[path] = value
+  return flat
+
+
+def differences(old, new):
+  """Lines 'path: old -> new' of two nested dicts: (what differs, how differs)."""
+  old, new = flatten(old), flatten(new)
+  absent = '(absent)'
+  what, how = [], []
+  for path in sorted(old.keys() | new.keys()):
+    a, b = old.get(path, absent), new.get(path, absent)
+    if a != b:
+      (how if is_how(path) else what).append(f'{path}: {a} -> {b}')
+  return what, how
+
+
+# ---------------------------------------------------------------- read tracking
+
+
+class _Tracked(ConfigDict):
+  """A ConfigDict that records which leaves are read.
+
+  Every way of reading goes through `__getitem__`. Objects are retyped in place
+  after the flags are parsed, so that overrides, locks and references survive.
+  """
+
+  def __getitem__(self, key):
+    value = ConfigDict.__getitem__(self, key)
+    track = self.__dict__.get('_track')
+    is_leaf = not (isinstance(value, ConfigDict) and len(value))
+    if track and not track['paused'] and '.' not in str(key) and is_leaf:
+      track['read'].add((*self.__dict__['_path'], str(key)))
+    return value
+
+  __hash__ = None
+
+
+def _paused(name):
+  """A method of ConfigDict that looks at everything without reading it."""
+  method = getattr(ConfigDict, name)
+  def call(self, *args, **kwargs):
+    track = self.__dict__.get('_track')
+    if track is None:
+      return method(self, *args, **kwargs)
+    track['paused'] += 1
+    try:
+      return method(self, *args, **kwargs)
+    finally:
+      track['paused'] -= 1
+  return call
+
+
+# Printing, comparing and saving a config are no uses of it.
+for _name in ('to_dict', '__repr__', '__str__', '__eq__', 'to_json', 'to_yaml',
+              'to_json_best_effort', 'copy_and_resolve_references', 'get_type'):
+  setattr(_Tracked, _name, _paused(_name))
+
+
+def track(config, path=(), _state=None):
+  """Starts recording reads of `config`, in place; returns it."""
+  state = {'read': set(), 'paused': 0} if _state is None else _state
+  object.__setattr__(config, '__class__', _Tracked)
+  object.__setattr__(config, '_path', path)
+  object.__setattr__(config, '_track', state)
+  for key, field in config._fields.items():
+    value = field.get() if isinstance(field, FieldReference) else field
+    if isinstance(value, ConfigDict):
+      track(value, (*path, str(key)), state)
+  return config
+
+
+def unread(config):
+  """Dotted paths of the leaves that nothing has read since `track`."""
+  state = config.__dict__['_track']
+  state['paused'] += 1
+  try:
+    leaves = flatten(config)
+  finally:
+    state['paused'] -= 1
+  read = {'.'.join(path) for path in state['read']}
+  return sorted(set(leaves) - read)
+
+
+def check_all_read(config):
+  """Raises ValueError if a leaf of a tracked config was read by nothing."""
+  paths = unread(config)
+  if paths:
+    raise ValueError(
+        f'Nothing reads the config key(s) {", ".join(paths)}.\n'
+        'They would have no effect: remove them, or choose the component that '
+        'they belong to (schedule.name, optimizer.name, ema.name, ...).')
+
+
+# --------------------------------------------------------------- flags -> config
+
+
+def parse_flags(argv):
+  """Parses absl flags with a `--config` file flag; returns the positionals.
+
+  Durations may be overridden in another unit than the file's:
+  --config.total_steps=100 takes the place of total_epochs.
+
+  Raises:
+    ValueError: anything wrong with the command line or the config file, one
+      line of cause and one of remedy.
+  """
+  argv, moved = _take_durations(list(argv))
+  argv = [argv[0]] + [_underscored(a) for a in argv[1:]]
+  spec = _config_spec(argv)
+  if spec is not None:
+    _check_overrides(argv, _load(spec), moved)
+  try:
+    rest = flags.FLAGS(argv)
+  except flags.UnrecognizedFlagError as e:
+    name = e.flagname.split('.')[0]
+    close = difflib.get_close_matches(name, list(flags.FLAGS), 1, 0.6)
+    hint = f'Did you mean --{close[0]}? ' if close else ''
+    raise ValueError(
+        f'Unknown flag --{e.flagname}.\n{hint}See --help.') from None
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError,
+          OSError) as e:
+    raise ValueError(f'{_last_line(e)}\nSee --help.') from None
+  if len(rest) > 1:
+    raise ValueError(
+        f'Unexpected argument {rest[1]!r}.\n'
+        'Flags start with two dashes: --config.seed=1')
+  if moved:
+    config = flags.FLAGS['config'].value
+    for path, value in moved.items():
+      set_duration(config, path, value)
+  return rest
+
+
+def set_duration(config, path, value):
+  """Sets a duration such as 'schedule.warmup_steps', whatever its unit was."""
+  *parents, leaf = path.split('.')
+  section = config
+  for key in parents:
+    section = section[key]
+  name, unit = leaf.rsplit('_', 1)
+  old, _ = durations.find(section, name)
+  with config.unlocked(), section.unlocked():
+    if old != unit:
+      del section[f'{name}_{old}']
+    section[leaf] = int(value) if unit == 'steps' else float(value)
+
+
+def _underscored(arg):
+  """--overfit-batch -> --overfit_batch; values and config paths stay."""
+  name, equals, value = arg.partition('=')
+  if not name.startswith('--') or name.startswith('--config'):
+    return arg
+  return '--' + name[2:].replace('-', '_') + equals + value
+
+
+def _config_spec(argv):
+  for i, arg in enumerate(argv):
+    if arg.startswith('--config='):
+      return arg.partition('=')[2]
+    if arg == '--config' and i + 1 < len(argv):
+      return argv[i + 1]
+  return None
+
+
+def _load(spec):
+  """Loads a config as absl will, but with errors that can be read."""
+  path = spec.split(':', 1)[0]
+  try:
+    with open(path):
+      pass
+  except OSError as e:
+    raise ValueError(f'Cannot read the config file {path}: {e.strerror}.\n'
+                     'Paths are relative to the current directory.') from None
+  from ml_collections.config_flags import config_flags as internals
+  try:
+    return internals.ConfigFileFlagParser('config').parse(spec)
+  except (TypeError, ValueError) as e:
+    if e.__cause__ is None and '\n' in str(e) and 'Traceback' not in str(e):
+      raise ValueError(str(e)) from None
+    raise ValueError(f'{path}: {_last_line(e)}\n'
+                     'The docstring of the file lists its arguments.') from None
+
+
+def _check_overrides(argv, config, moved):
+  """Names the nearest key for an override that does not exist."""
+  flat = flatten(config.to_dict())
+  known = set(flat)
+  for path in flat:
+    while '.' in path:
+      path = path.rsplit('.', 1)[0]
+      known.add(path)
+  asked = [a[len('--config.'):].partition('=')[0]
+           for a in argv if a.startswith('--config.')]
+  for path in [*asked, *moved]:
+    if path in known or (path in moved and _sibling(path, known)):
+      continue
+    tail = path.rsplit('.', 1)[-1]
+    close = (difflib.get_close_matches(path, known, 1, 0.6)
+             or sorted(k for k in known if k.rsplit('.', 1)[-1] == tail))
+    hint = f'Did you mean --config.{close[0]}? ' if close else ''
+    raise ValueError(f'The config has no key {path!r}.\n{hint}'
+                     f'Top level: {", ".join(sorted(config))}.')
+
+
+def _sibling(path, known):
+  name = path.rsplit('_', 1)[0]
+  return any(f'{name}_{u}' in known for u in durations.UNITS)
+
+
+def _take_durations(argv):
+  """Takes overrides that are spelled as durations out of argv."""
+  moved, rest = {}, []
+  for arg in argv:
+    path, equals, value = arg.removeprefix('--config.').partition('=')
+    unit = path.rsplit('_', 1)[-1]
+    if arg.startswith('--config.') and equals and unit in durations.UNITS:
+      try:
+        moved[path] = int(value) if unit == 'steps' else float(value)
+      except ValueError:
+        raise ValueError(f'--config.{path}={value} is not a number.\n'
+                         f'Give a number of {unit}.') from None
+    else:
+      rest.append(arg)
+  return rest, moved
+
+
+def _last_line(error):
+  lines = [line for line in str(error).strip().splitlines() if line.strip()]
+  return lines[-1].strip() if lines else type(error).__name__
+
+
+def define_flag():
+  """Defines `--config`; at import of the program's main module."""
+  config_flags.DEFINE_config_file(
+      'config', None, 'Config file, file.py:arg=value,...', lock_config=True)
+

@@ -1,0 +1,88 @@
+"""Durations are written in the unit that the author thinks in.
+
+A section holds `NAME_steps`, `NAME_epochs`, `NAME_examples` or `NAME_percent`
+(of the whole run); all are resolved once, against the real size of the data.
+"""
+import dataclasses
+
+UNITS = ('steps', 'epochs', 'examples', 'percent')
+
+
+@dataclasses.dataclass(frozen=True)
+class Units:
+  """How long things are in this run.
+
+  Attributes:
+    num_examples: training examples, N.
+    batch_size: examples a step, over all devices and processes, B.
+    steps_per_epoch: N / B when batches straddle epochs (`exact`), N // B
+      when the tail of an epoch is dropped (`floor`, the paper's code).
+  """
+  num_examples: int
+  batch_size: int
+  steps_per_epoch: float
+
+  @classmethod
+  def of(cls, num_examples, batch_size, epoch):
+    if epoch == 'floor':
+      return cls(num_examples, batch_size, num_examples // batch_size)
+    return cls(num_examples, batch_size, num_examples / batch_size)
+
+  def describe(self, steps):
+    """'60 epochs of 20.3 steps'."""
+    return (f'{steps / self.steps_per_epoch:.4g} epochs of '
+            f'{self.steps_per_epoch:.5g} steps')
+
+
+def find(section, name):
+  """Returns the (unit, value) of `name` in a config section.
+
+  Raises:
+    ValueError: none or several of the four spellings are there.
+  """
+  found = [u for u in UNITS if f'{name}_{u}' in section]
+  if len(found) != 1:
+    spellings = ', '.join(f'{name}_{u}' for u in UNITS)
+    raise ValueError(
+        f'{len(found) or "none"} of {spellings} given.\n'
+        'Give exactly one of them.')
+  return found[0], section[f'{name}_{found[0]}']
+
+
+def to_steps(section, name, units, total_steps=None):
+  """Resolves `name` of a config section to a whole number of steps.
+
+  Args:
+    section: ConfigDict with exactly one of name_{steps,epochs,examples,percent}.
+    name: the duration's name, such as 'warmup'.
+    units: `Units` of the run.
+    total_steps: what percent refers to; None while the total itself is resolved.
+
+  Returns:
+    int >= 0; a duration above 0 is at least one step.
+
+  Raises:
+    ValueError: negative, not exactly one spelling, or percent of nothing.
+  """
+  unit, value = find(section, name)
+  if value < 0:
+    raise ValueError(f'{name}_{unit}={value} is negative.\nGive 0 or more.')
+  if unit == 'percent' and total_steps is None:
+    raise ValueError(f'{name}_percent has nothing to be a part of.\n'
+                     f'Give {name}_steps, {name}_epochs or {name}_examples.')
+  steps = {
+      'steps': lambda: value,
+      'epochs': lambda: value * units.steps_per_epoch,
+      'examples': lambda: value / units.batch_size,
+      'percent': lambda: value / 100 * (total_steps or 0),
+  }[unit]()
+  return max(1, round(steps)) if steps > 0 else 0
+
+
+def cadence(section, units, total_steps):
+  """Returns `due(step) -> bool` of a section with an `every_*` duration.
+
+  The last step is always due; with 0 it is the only one.
+  """
+  every = to_steps(section, 'every', units, total_steps)
+  return lambda step: step == total_steps or (every > 0 and step % every == 0)

@@ -1,0 +1,190 @@
+"""Metrics as JSON lines, TensorBoard events and lines or a bar on the terminal.
+
+metrics.jsonl is the record: one object a line with `step` and `time`. The
+events are made from it, so that both are cut back to the restored step when a
+run resumes, and no row stands twice.
+"""
+import json
+import logging
+import os
+import sys
+import time
+import types
+
+import jax
+from rich import console as rich_console
+from rich import progress as rich_progress
+
+METRICS = 'metrics.jsonl'
+EVENTS = 'events'
+# Early steps that are shown in any case: is the loss moving, how fast is it?
+EARLY = (1, 2, 5, 10)
+
+
+def read(workdir):
+  """The rows of metrics.jsonl; a half-written last line is dropped."""
+  rows = []
+  try:
+    with open(os.path.join(workdir, METRICS)) as f:
+      for line in f:
+        try:
+          rows.append(json.loads(line))
+        except json.JSONDecodeError:
+          break
+  except FileNotFoundError:
+    pass
+  return rows
+
+
+def say(line):
+  """Prints a line, once for all processes; rich puts it above its bar."""
+  if jax.process_index() == 0:
+    print(line, flush=True)
+
+
+class MetricWriter:
+  """Writes rows; of several processes only the first writes anything."""
+
+  def __init__(self, workdir, start_step, total_steps):
+    """Opens the record of a run that starts after `start_step`.
+
+    Args:
+      workdir: the run's folder.
+      start_step: rows of later steps, left by a killed run, are removed.
+      total_steps: for the progress bar.
+    """
+    self.rows = [r for r in read(workdir) if r['step'] <= start_step]
+    self._total_steps = total_steps
+    self._active = jax.process_index() == 0
+    self._bar = None
+    if not self._active:
+      return
+    path = os.path.join(workdir, METRICS)
+    with open(path + '.tmp', 'w') as f:
+      f.writelines(json.dumps(row) + '\n' for row in self.rows)
+    os.replace(path + '.tmp', path)
+    self._file = open(path, 'a')  # noqa: SIM115 - closed by __exit__
+    self._events = _event_writer(os.path.join(workdir, EVENTS))
+    for row in self.rows:
+      self._add_events(row)
+    if sys.stderr.isatty():
+      self._bar = _Bar(start_step, total_steps)
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    if self._active:
+      if self._bar:
+        self._bar.stop()
+      self._file.close()
+      self._events.close()
+
+  def write(self, step, metrics):
+    """Records a row: name -> number, after `step` updates."""
+    row = {'step': step, 'time': round(time.time(), 3), **metrics}
+    self.rows.append(row)
+    if self._active:
+      self._file.write(json.dumps(row) + '\n')
+      self._file.flush()
+      self._add_events(row)
+
+  def write_train(self, step, metrics, epoch):
+    """Records a training row, and shows it on the bar or as a line."""
+    metrics = {k: float(v) for k, v in metrics.items()}
+    self.write(step, {f'train/{k}': v for k, v in metrics.items()})
+    text = f'epoch {epoch:.2f} ' + ' '.join(
+        f'{k} {v:.4g}' for k, v in metrics.items())
+    if self._bar:
+      self._bar.update(step, text)
+    else:
+      say(f'step {step}/{self._total_steps} {text}')
+
+  def has(self, step, names):
+    """Whether an evaluation row of `step` exists for one of the names."""
+    return any(r['step'] == step and any(f'{n}/count' in r for n in names)
+               for r in self.rows)
+
+  def _add_events(self, row):
+    from tensorboard.compat.proto import event_pb2
+    from tensorboard.compat.proto import summary_pb2
+    values = [summary_pb2.Summary.Value(tag=k, simple_value=v)
+              for k, v in row.items() if k not in ('step', 'time')]
+    self._events.add_event(event_pb2.Event(
+        step=row['step'], wall_time=row['time'],
+        summary=summary_pb2.Summary(value=values)))
+
+
+class _Bar:
+  """A rich progress bar on the terminal's standard error."""
+
+  def __init__(self, start_step, total_steps):
+    self._progress = rich_progress.Progress(
+        rich_progress.MofNCompleteColumn(), rich_progress.BarColumn(20),
+        rich_progress.TextColumn('ETA'), rich_progress.TimeRemainingColumn(),
+        rich_progress.TextColumn('{task.description}'),
+        console=rich_console.Console(stderr=True))
+    self._task = self._progress.add_task(
+        'compiling', total=total_steps, completed=start_step)
+    self._progress.start()
+
+  def update(self, step, text):
+    self._progress.update(self._task, completed=step, description=text)
+
+  def stop(self):
+    self._progress.stop()
+
+
+def _event_writer(folder):
+  """TensorBoard's own writer, on an emptied folder, without TensorFlow."""
+  # Without this name tensorboard.compat imports TensorFlow where it finds it.
+  sys.modules.setdefault(
+      'tensorboard.compat.notf', types.ModuleType('tensorboard.compat.notf'))
+  from tensorboard.summary.writer import event_file_writer
+  os.makedirs(folder, exist_ok=True)
+  for name in os.listdir(folder):
+    if 'tfevents' in name:
+      os.remove(os.path.join(folder, name))
+  return event_file_writer.EventFileWriter(folder)
+
+
+def plot_curves(rows, path):
+  """Draws loss, rate and evaluations against steps into a PNG.
+
+  Args:
+    rows: rows of metrics.jsonl.
+    path: of the PNG.
+  """
+  import matplotlib
+  matplotlib.use('Agg')
+  from matplotlib import pyplot as plt
+  logging.getLogger('matplotlib').setLevel(logging.WARNING)
+
+  def curve(axes, name, label=None, **style):
+    points = [(r['step'], r[name]) for r in rows if name in r]
+    if points:
+      axes.plot(*zip(*points, strict=True), label=label or name, **style)
+
+  names = sorted({k for r in rows for k in r})
+  figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
+  curve(left, 'train/loss', color='C0', linewidth=1)
+  for i, name in enumerate(n for n in names if n.endswith('/loss')):
+    if name != 'train/loss':
+      curve(left, name, color=f'C{i + 1}', marker='o', markersize=3)
+  left.set(xlabel='step', ylabel='loss', title='Loss')
+  rate = left.twinx()
+  curve(rate, 'train/lr', color='0.7', linestyle='--', linewidth=1)
+  rate.set_ylabel('learning rate (dashed)', color='0.5')
+  for i, name in enumerate(n for n in names if n.endswith('/top1')):
+    points = [(r['step'], 100 * (1 - r[name])) for r in rows if name in r]
+    right.plot(*zip(*points, strict=True), marker='o', markersize=3,
+               color=f'C{i + 1}', label=f'{name} {100 - points[-1][1]:.2f} %')
+  right.set(xlabel='step', ylabel='top-1 error (%)', yscale='log',
+            title='Evaluation')
+  for axes in (left, right):
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+      axes.legend(fontsize=8, frameon=False)
+  figure.tight_layout()
+  figure.savefig(path, dpi=120)
+  plt.close(figure)

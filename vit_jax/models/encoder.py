@@ -1,0 +1,185 @@
+"""The encoder: pre-norm Transformer blocks, [B, N, D] -> [B, N, D].
+
+Letters of axes: see `vit.py`; h is here the width of one head.
+"""
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.linen.spmd import RulesFallback
+
+from vit_jax.models import initializers
+
+# 'tanh' is AugReg's and big_vision's, 'erf' the paper's and timm's: released
+# weights lose accuracy under the other one.
+GELUS = {
+    'erf': lambda x: nn.gelu(x, approximate=False),
+    'tanh': lambda x: nn.gelu(x, approximate=True),
+}
+REMATS = {
+    'none': lambda block, **_: block,
+    'full': nn.remat,
+    # Keeps the results of matmuls, recomputes what lies between them.
+    'dots': lambda block, **kw: nn.remat(
+        block, policy=jax.checkpoint_policies.checkpoint_dots, **kw),
+}
+
+
+def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+  """Softmax attention; all three and the result are [B, N, K, h].
+
+  Logits and softmax are float32 whatever the inputs' dtype, which is that of
+  the result.
+  """
+  logits = jnp.einsum(
+      'bqkh,bnkh->bkqn', query * query.shape[-1] ** -0.5, key,
+      preferred_element_type=jnp.float32)  # [B, K, N, N]
+  weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+  return jnp.einsum('bkqn,bnkh->bqkh', weights, value)
+
+
+class Attention(nn.Module):
+  """Multi-head self-attention with biases, [B, N, D] -> [B, N, D]."""
+  heads: int
+  init_name: str
+  dtype: str
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    width = x.shape[-1]
+    init = initializers.INITIALIZERS[self.init_name]
+    # Three layers, as they are in released checkpoints; fusing them is the
+    # business of the step.
+    query, key, value = (
+        nn.DenseGeneral(
+            (self.heads, width // self.heads), dtype=self.dtype,
+            kernel_init=init.qkv, name=name)(x)
+        for name in ('query', 'key', 'value'))  # [B, N, K, h]
+    return nn.DenseGeneral(
+        width, axis=(-2, -1), dtype=self.dtype, kernel_init=init.out,
+        name='out')(attend(query, key, value))  # [B, N, D]
+
+
+class Mlp(nn.Module):
+  """D -> M -> GELU -> D, [B, N, D] -> [B, N, D]."""
+  mlp: int
+  gelu: str
+  init_name: str
+  dropout: float
+  dtype: str
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    init = initializers.INITIALIZERS[self.init_name]
+
+    def dense(features, name):
+      return nn.Dense(
+          features, dtype=self.dtype, kernel_init=init.mlp,
+          bias_init=init.mlp_bias, name=name)
+
+    width = x.shape[-1]
+    x = GELUS[self.gelu](dense(self.mlp, 'fc1')(x))  # [B, N, M]
+    x = nn.Dropout(self.dropout, deterministic=not train)(x)
+    x = dense(width, 'fc2')(x)  # [B, N, D]
+    return nn.Dropout(self.dropout, deterministic=not train)(x)
+
+
+class Block(nn.Module):
+  """x += attention(norm(x)); x += mlp(norm(x)), [B, N, D] -> [B, N, D]."""
+  heads: int
+  mlp: int
+  gelu: str
+  norm_eps: float
+  init_name: str
+  dropout: float
+  dtype: str
+
+  @nn.compact
+  def __call__(self, x: jax.Array, drop_rate: jax.Array | None, train: bool):
+    """Returns (x, None), which is what `nn.scan` wants of a body.
+
+    Args:
+      x: [B, N, D].
+      drop_rate: probability, scalar in [0, 1), that an example skips a branch;
+        None: no stochastic depth.
+      train: positional, because `nn.remat` takes static arguments by position.
+    """
+    # Without it the partitioner guesses the sharding of a scan's carry, badly:
+    # FSDP then holds and moves whole activations (times 30 in memory). Names
+    # are logical, so models know no mesh; without rules or mesh it does
+    # nothing; a name without a rule is an error, not "replicated".
+    x = nn.with_logical_constraint(
+        x, ('batch', 'tokens', 'embed'), fallback=RulesFallback.RAISE_ERROR)
+
+    y = nn.LayerNorm(self.norm_eps, dtype=self.dtype, name='norm_attention')(x)
+    y = Attention(self.heads, self.init_name, self.dtype, name='attention')(y)
+    y = nn.Dropout(self.dropout, deterministic=not train)(y)
+    x = x + self._skip_examples(y, drop_rate, train)
+
+    y = nn.LayerNorm(self.norm_eps, dtype=self.dtype, name='norm_mlp')(x)
+    y = Mlp(
+        self.mlp, self.gelu, self.init_name, self.dropout, self.dtype,
+        name='mlp')(y, train=train)
+    return x + self._skip_examples(y, drop_rate, train), None
+
+  def _skip_examples(self, y, drop_rate, train):
+    """Stochastic depth: zeroes y for some examples, rescales it for the others.
+
+    The factor 1 / (1 - rate) keeps the expectation, as in timm and pycls;
+    big_vision's Mixer has no such factor (and its ViT no stochastic depth).
+    """
+    if drop_rate is None or not train:
+      return y
+    keep_rate = 1.0 - drop_rate
+    keep = jax.random.bernoulli(
+        self.make_rng('dropout'), keep_rate, (y.shape[0], 1, 1))
+    return y * (keep / keep_rate).astype(y.dtype)
+
+
+class Encoder(nn.Module):
+  """`depth` blocks and a last LayerNorm, whose output is float32.
+
+  Attributes:
+    depth: number of blocks.
+    stochastic_depth: largest rate; the rates grow linearly from 0 in the first
+      block to this in the last.
+    scan: one compiled block, parameters stacked on a leading axis of `depth`
+      under `blocks`, in place of `block_00`, `block_01`, ...
+    remat: a key of `REMATS`: what is computed again in the backward pass.
+  """
+  depth: int
+  heads: int
+  mlp: int
+  gelu: str
+  norm_eps: float
+  init_name: str
+  dropout: float
+  stochastic_depth: float
+  scan: bool
+  remat: str
+  dtype: str
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    fields = {
+        'heads': self.heads, 'mlp': self.mlp, 'gelu': self.gelu,
+        'norm_eps': self.norm_eps, 'init_name': self.init_name,
+        'dropout': self.dropout, 'dtype': self.dtype}
+    drop_rates = None
+    if self.stochastic_depth:
+      drop_rates = jnp.asarray(
+          np.linspace(0.0, self.stochastic_depth, self.depth), jnp.float32)
+    # A scan already keeps XLA from merging the two passes.
+    block = REMATS[self.remat](
+        Block, static_argnums=(3,), prevent_cse=not self.scan)
+    if self.scan:
+      blocks = nn.scan(
+          block, length=self.depth, in_axes=(0, nn.broadcast),
+          variable_axes={'params': 0},
+          split_rngs={'params': True, 'dropout': True})
+      x, _ = blocks(**fields, name='blocks')(x, drop_rates, train)
+    else:
+      for i in range(self.depth):
+        drop_rate = None if drop_rates is None else drop_rates[i]
+        x, _ = block(**fields, name=f'block_{i:02d}')(x, drop_rate, train)
+    return nn.LayerNorm(self.norm_eps, dtype='float32', name='norm')(x)

@@ -1,0 +1,177 @@
+"""Stems: from pixels to tokens, [B, H, W, C] -> [B, h, w, D].
+
+Siblings behind one interface. A stem is a linen module with the fields
+  patch       pixels per token and axis: H = h * patch, W = w * patch
+  width       D
+  batch_norm  'train': BatchNorm normalises with the statistics of the batch if
+              train=True and with running statistics if not; 'frozen': always
+              with running statistics, which then never change
+  bn_momentum of the running statistics; a value for one pass over the data:
+              model.clone(stem=model.stem.clone(bn_momentum=0.0))
+  norm_eps    of LayerNorm
+  init_name   a key of `initializers.INITIALIZERS`
+  dtype       of convolutions; normalisation computes in float32
+and `stem(images, train=...)`. Letters of axes: see `vit.py`.
+"""
+import functools
+import math
+
+import jax
+from flax import linen as nn
+
+from vit_jax.models import initializers, variants
+
+BATCH_NORM = ('train', 'frozen')
+NORMS = ('bn', 'ln', 'none')
+ACTIVATIONS = {'relu': nn.relu, 'none': lambda x: x}
+
+
+class _Stem(nn.Module):
+  """The fields that all stems have, and the choice of normalisation."""
+  patch: int
+  width: int
+  norm: str = 'none'
+  activation: str = 'none'
+  batch_norm: str = 'train'
+  bn_momentum: float = 0.9
+  norm_eps: float = 1e-6
+  init_name: str = 'paper'
+  dtype: str = 'float32'
+
+  def _normalize(self, x: jax.Array, name: str, train: bool) -> jax.Array:
+    """Normalises [B, h, w, D] over D ('ln') or over B, h, w ('bn')."""
+    if self.norm == 'ln':
+      return nn.LayerNorm(self.norm_eps, dtype=self.dtype, name=name)(x)
+    if self.norm == 'bn':
+      # Under jit a batch that is sharded over devices is still one array, so
+      # these are statistics of the global batch; the paper's are those of one
+      # GPU, 64 to 256 images (pycls runs plain BatchNorm under DDP).
+      # Momentum 0.9 is torch's 0.1. torch keeps the unbiased variance in its
+      # running statistics, flax the biased one: a factor n / (n - 1), n the
+      # number of values per channel, thousands here.
+      frozen = self.batch_norm == 'frozen'
+      return nn.BatchNorm(
+          use_running_average=frozen or not train, momentum=self.bn_momentum,
+          epsilon=1e-5, dtype=self.dtype, name=name)(x)
+    return x
+
+
+class PatchifyStem(_Stem):
+  """One convolution whose kernel equals its stride, the paper's section 3.
+
+  With norm='bn' and activation='relu' it is the ViT_P(bn) of Figure 7; its
+  convolution then has no bias, like every normalised one, because the
+  normalisation would take it away again: D parameters more than ViT_P, not 2D.
+  """
+
+  @nn.compact
+  def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+    init = initializers.INITIALIZERS[self.init_name]
+    x = nn.Conv(
+        self.width, (self.patch, self.patch), strides=self.patch,
+        padding='VALID', use_bias=self.norm == 'none', dtype=self.dtype,
+        kernel_init=init.embedding, name='embedding')(images)  # [B, h, w, D]
+    x = self._normalize(x, 'norm', train)
+    return ACTIVATIONS[self.activation](x)
+
+
+class ConvStem(_Stem):
+  """A few small convolutions and a 1x1 convolution to D, the paper's section 3.
+
+  Each but the last: no bias -> norm -> activation. The last: bias, and neither
+  norm nor activation.
+
+  Attributes:
+    kernels, strides, widths: of each convolution but the last. A kernel of 3 is
+      padded by 1; one that equals its stride (a patchify layer) is not padded.
+
+  Raises:
+    ValueError: tuples of unequal length, strides that do not multiply to the
+      patch, or a kernel that is neither 3 nor the stride.
+  """
+  kernels: tuple[int, ...] = ()
+  strides: tuple[int, ...] = ()
+  widths: tuple[int, ...] = ()
+
+  def __post_init__(self):
+    super().__post_init__()
+    kernels, strides, widths = self.kernels, self.strides, self.widths
+    if not len(kernels) == len(strides) == len(widths):
+      raise ValueError(
+          f'There are {len(kernels)} kernels, {len(strides)} strides and '
+          f'{len(widths)} widths.\nGive one of each for every convolution but '
+          'the last, 1x1, one.')
+    if math.prod(strides) != self.patch:
+      raise ValueError(
+          f'The strides {tuple(strides)} multiply to {math.prod(strides)}, '
+          f'not to the patch {self.patch}.\nChange the strides, or take a size '
+          f'with patch {math.prod(strides)}.')
+    for kernel, stride in zip(kernels, strides, strict=True):
+      if kernel != stride and (kernel != 3 or stride not in (1, 2)):
+        raise ValueError(
+            f'Kernel {kernel} with stride {stride} would skip or shift '
+            'pixels.\nTake kernel 3 with stride 1 or 2, or a kernel equal to '
+            'its stride.')
+
+  @nn.compact
+  def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+    init = initializers.INITIALIZERS[self.init_name]
+    conv = functools.partial(nn.Conv, dtype=self.dtype)
+    x = images
+    for i, (kernel, stride, width) in enumerate(
+        zip(self.kernels, self.strides, self.widths, strict=True)):
+      # Padding 1 on both sides, as in torch: 'SAME' pads stride 2 on one only.
+      padding = 0 if kernel == stride else 1
+      x = conv(
+          width, (kernel, kernel), strides=stride, padding=padding,
+          use_bias=False, kernel_init=init.conv, name=f'conv_{i}')(x)
+      x = self._normalize(x, f'norm_{i}', train)
+      x = ACTIVATIONS[self.activation](x)
+    return conv(
+        self.width, (1, 1), kernel_init=init.projection,
+        name='projection')(x)  # [B, h, w, D]
+
+
+_PATCHIFY_BN = functools.partial(PatchifyStem, norm='bn', activation='relu')
+_CONV_BN = functools.partial(ConvStem, norm='bn', activation='relu')
+_CONV_LN = functools.partial(ConvStem, norm='ln', activation='relu')
+
+STEMS = {
+    'patchify': PatchifyStem,    # ViT_P
+    'patchify_bn': _PATCHIFY_BN,
+    'conv': _CONV_BN,            # ViT_C
+    'conv_ln': _CONV_LN,
+    'S1': _CONV_BN,
+    'S2': _CONV_BN,
+    'S3': _CONV_BN,
+    'S4': _CONV_BN,
+}
+_CONVOLUTIONAL = ('conv', 'conv_ln', 'S1', 'S2', 'S3', 'S4')
+
+
+def is_convolutional(stem: str) -> bool:
+  """Whether a stem takes the place of one block (`Size.depth_conv`)."""
+  variants.check('stem', stem, STEMS)
+  return stem in _CONVOLUTIONAL
+
+
+def create(*, size: str, stem: str, **fields) -> nn.Module:
+  """Builds a stem for a model size.
+
+  Args:
+    size: a key of `variants.SIZES`.
+    stem: a key of `STEMS`.
+    **fields: batch_norm, norm_eps, init_name, dtype: see the module's top.
+
+  Returns:
+    An unbound stem: [B, H, W, C] -> [B, h, w, D].
+
+  Raises:
+    ValueError: unknown names, or a stem that the size does not have.
+  """
+  row = variants.size(size)
+  if is_convolutional(stem):
+    convolutions = variants.conv_stem(
+        size, 'conv' if stem == 'conv_ln' else stem)
+    fields |= convolutions._asdict()
+  return STEMS[stem](patch=row.patch, width=row.width, **fields)

@@ -1,0 +1,67 @@
+"""Parameters named by path ('encoder/block_00/mlp/fc1/kernel') and by regex.
+
+A pattern has to match the whole path, and one that matches nothing is an
+error: a pattern that silently selects nothing is the likeliest of mistakes.
+"""
+import re
+
+from flax import traverse_util
+import jax
+
+
+def flatten(tree):
+  """Nested dict of arrays -> {path: array}."""
+  return traverse_util.flatten_dict(tree, sep='/')
+
+
+def unflatten(flat):
+  """{path: array} -> nested dict of arrays."""
+  return traverse_util.unflatten_dict(flat, sep='/')
+
+
+def size(tree):
+  """Number of scalars in a tree of arrays or shapes."""
+  return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def matches(path, patterns):
+  """Whether any of the regexes matches the whole path."""
+  return any(re.fullmatch(p, path) for p in patterns)
+
+
+def split(tree, patterns):
+  """Splits a tree into (leaves that match no pattern, leaves that match one).
+
+  Raises:
+    ValueError: a pattern that matches nothing; the message shows paths.
+  """
+  flat = flatten(tree)
+  check(flat, patterns)
+  rest = {k: v for k, v in flat.items() if not matches(k, patterns)}
+  chosen = {k: v for k, v in flat.items() if k not in rest}
+  return unflatten(rest), unflatten(chosen)
+
+
+def merge(a, b):
+  """Undoes `split`."""
+  return unflatten({**flatten(a), **flatten(b)})
+
+
+def mask(tree, patterns):
+  """A tree of bools: which leaves match one of the patterns."""
+  return unflatten({k: matches(k, patterns) for k in flatten(tree)})
+
+
+def check(paths, patterns):
+  """Raises ValueError for a pattern that is no regex or matches no path."""
+  for pattern in patterns:
+    try:
+      found = any(re.fullmatch(pattern, path) for path in paths)
+    except re.error as e:
+      raise ValueError(f'{pattern!r} is not a regular expression: {e}.\n'
+                       'Patterns match whole paths: stem/.*') from None
+    if not found:
+      some = ', '.join(sorted(paths)[:3])
+      raise ValueError(
+          f'The pattern {pattern!r} matches no parameter.\n'
+          f'It has to match a whole path, such as {some}.')

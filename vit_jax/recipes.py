@@ -1,0 +1,149 @@
+"""The papers' tables that configs choose from, and the parsing of arguments.
+
+Configs import this module and ml_collections, nothing else.
+
+Sources: "Early Convolutions Help Transformers See Better" (arXiv 2106.14881,
+here: the paper) and its code, pycls.
+"""
+from ml_collections import ConfigDict
+
+from vit_jax import choices
+
+# Tuned at 50 epochs and reused at all lengths; lr for batch 2048.
+# (stem, size) -> (AdamW lr, wd), (SGD lr, wd). The paper, Table 4 left.
+TUNED = {
+    ('patchify', '1GF'): ((2.0e-3, 0.20), (1.9, 1.3e-5)),
+    ('patchify', '4GF'): ((2.0e-3, 0.20), (1.9, 1.3e-5)),
+    ('patchify', '18GF'): ((1.0e-3, 0.24), (1.1, 1.2e-5)),
+    ('conv', '1GF'): ((2.5e-3, 0.19), (1.9, 1.3e-5)),
+    ('conv', '4GF'): ((1.0e-3, 0.24), (1.3, 2.2e-5)),
+    ('conv', '18GF'): ((1.0e-3, 0.24), (1.1, 2.7e-5)),
+}
+# The settings that the authors recommend for re-use (AdamW). Section 6.
+SIMPLE = {'1GF': (1.0e-3, 0.24), '4GF': (1.0e-3, 0.24), '18GF': (1.0e-3, 0.24),
+          '36GF': (6.0e-4, 0.28)}
+# pycls decays everything but norms and biases, so the class token and the
+# position embedding too; big_vision decays kernels only.
+DECAY_PAPER = (r'(.*/)?(kernel|cls|pos_embedding)',)
+DECAY_KERNELS = (r'.*/kernel',)
+# Per-channel mean and standard deviation of ImageNet, fractions, RGB.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def base():
+  """Every key of a run with its default; configs change what they mean to."""
+  c = ConfigDict()
+  # --- what is computed
+  c.seed = 0          # initialisation and dropout
+  c.data_seed = -1    # order and host crops; -1: the same number as seed
+  c.total_epochs = 50.0
+  c.global_batch_size = 2048  # over all devices and processes
+
+  c.input = dict(
+      source='digits',  # digits | arrays | folder
+      path='',          # of the .npz file or the folder
+      classes='',       # a classes.json that fixes the order of classes
+      holdout=0.1,      # evaluation share where the data has no such part
+      channels=3,
+      epoch='exact',    # N/B steps; floor: N//B, the tail dropped (the paper)
+      pp='decode',      # training images
+      eval_pp='decode',
+      mean=(0.5,), std=(0.5,),  # (x/255 - mean) / std, one or one a channel
+      num_train=0,      # expected training examples; 0: as found
+      num_classes=0,    # expected classes; 0: as found
+  )
+  c.model = dict(
+      size='4GF', stem='conv', pool='token', pos_embedding='learned',
+      gelu='erf', norm_eps=1e-6, init='paper', head_bias=0.0,
+      dropout=0.0, stochastic_depth=0.0,
+      dtype='auto',     # of matmuls: bfloat16 on accelerators, float32 on CPU
+      scan=False, remat='none')
+  c.loss = dict(name='softmax_xent', label_smoothing=0.1)
+  c.optimizer = adamw(1e-3, 0.24)
+  c.schedule = cosine(warmup_epochs=5.0)
+  c.ema = dict(name='none')
+  c.frozen = ()       # regexes of parameters that are not trained
+  c.init_from = dict(
+      run='',           # a workdir whose newest checkpoint gives weights
+      weights='ema',    # ema | raw; ema falls back to raw where there is none
+      paths=('.*',),    # regexes of the parameters taken
+      reset=())         # regexes of those left at their initialisation
+  # --- how it is done
+  c.mesh = dict(data=-1)
+  c.prefetch = 2      # batches ahead on the device
+  c.log = dict(every_steps=50)
+  c.eval = dict(every_epochs=1.0, batch_size=0)  # 0: the training batch
+  c.evaluators = dict(test=dict(name='classification', split='test'))
+  c.checkpoint = dict(every_epochs=1.0, keep_last=2, keep_best='test/top1')
+  c.compilation_cache = '~/.cache/vit_jax/xla'  # '': none
+  return c
+
+
+def adamw(lr, weight_decay, decay=DECAY_PAPER):
+  """AdamW as in the paper: betas 0.9 / 0.999, no clipping."""
+  return ConfigDict(dict(
+      name='adamw', lr=lr, weight_decay=weight_decay, b1=0.9, b2=0.999,
+      eps=1e-8, clip_norm=0.0, decay=decay))
+
+
+def sgd(lr, weight_decay, decay=DECAY_PAPER):
+  """SGD as in the paper: Nesterov momentum 0.9, coupled weight decay."""
+  return ConfigDict(dict(
+      name='sgd', lr=lr, weight_decay=weight_decay, momentum=0.9,
+      nesterov=True, clip_norm=0.0, decay=decay))
+
+
+def cosine(warmup_epochs, **changes):
+  """Half-period cosine after a linear warm-up, per step."""
+  schedule = dict(
+      name='cosine', warmup_epochs=warmup_epochs, warmup_start=0.0,
+      cooldown_epochs=0.0, per='step', final=0.0, progress='after_warmup')
+  return ConfigDict({**schedule, **changes})
+
+
+def pycls_cosine():
+  """The paper's schedule: set once an epoch, warm-up from 0.1, to 0.005."""
+  return cosine(warmup_epochs=5.0, warmup_start=0.1, per='epoch', final=0.005,
+                progress='from_start')
+
+
+def parse_args(text, **defaults):
+  """Parses the text after the colon: 'stem=conv,size=4GF'.
+
+  Args:
+    text: str or None.
+    **defaults: by name; a tuple lists the choices, its first the default. The
+      type of the default is the type of the argument.
+
+  Returns:
+    ConfigDict with a value for each name.
+
+  Raises:
+    ValueError: unknown name, unknown choice or wrong type.
+  """
+  args = {k: v[0] if isinstance(v, tuple) else v for k, v in defaults.items()}
+  for part in filter(None, (text or '').split(',')):
+    name, equals, value = (s.strip() for s in part.partition('='))
+    if name not in defaults:
+      raise ValueError(choices.unknown(name, defaults, 'config argument'))
+    if not equals:
+      raise ValueError(f'The config argument {name!r} has no value.\n'
+                       f'Write {name}={args[name]}')
+    if isinstance(defaults[name], tuple) and value not in map(
+        str, defaults[name]):
+      raise ValueError(
+          choices.unknown(value, defaults[name], f'value of {name}'))
+    args[name] = _convert(name, value, type(args[name]))
+  return ConfigDict(args)
+
+
+def _convert(name, value, kind):
+  try:
+    if kind is bool:
+      return {'true': True, '1': True, 'false': False, '0': False}[
+          value.lower()]
+    return kind(value)
+  except (ValueError, KeyError):
+    raise ValueError(f'{name}={value}: not a {kind.__name__}.\n'
+                     f'Write {name}=<{kind.__name__}>') from None

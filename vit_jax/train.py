@@ -1,0 +1,283 @@
+"""Trains a model as a config says; the same command again resumes.
+
+  python vit_jax/train.py --config configs/digits.py --workdir runs/digits
+
+Flags:
+  --config FILE[:arg=value,...]  what to run; the file's docstring lists its
+                                 arguments
+  --config.a.b=value             overrides one key
+  --workdir DIR                  checkpoints, metrics.jsonl, events, curves.png
+  --fork NEWDIR                  go on from the newest checkpoint in --workdir
+                                 in a new folder, with changed settings
+  --overfit_batch                sanity check: train on one batch only
+  --traceback                    show where an error came from
+
+Exit codes: 0 finished; 1 a fault in the program (traceback); 2 bad input, one
+line of cause and one of remedy; 3 the loss was not finite; 75 stopped by
+SIGTERM or Ctrl-C after saving: run the command again to go on.
+"""
+import itertools
+import logging
+import os
+import sys
+import time
+import traceback
+
+if __name__ == '__main__':
+  # Run as a file, Python puts this file's folder on the path, not its parent.
+  sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+from absl import flags
+import jax
+
+import input_pipeline
+import vit_jax
+from vit_jax import checkpoint
+from vit_jax import config as config_lib
+from vit_jax import devices
+from vit_jax import durations
+from vit_jax import ema
+from vit_jax import evaluators
+from vit_jax import metric_writer
+from vit_jax import optimizer
+from vit_jax import pace
+from vit_jax import param_paths
+from vit_jax import preemption
+from vit_jax import schedules
+from vit_jax import sharding
+from vit_jax import train_state
+from vit_jax import train_step
+from vit_jax import workdir as workdir_lib
+from vit_jax.models import vit
+
+BAD_INPUT, NOT_FINITE, STOPPED = 2, 3, 75
+
+
+class NonFiniteLoss(RuntimeError):
+  """The loss of a step was NaN or infinite."""
+
+
+class Stopped(RuntimeError):
+  """A signal stopped the run after its state was saved."""
+
+
+def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
+  """Trains, evaluates, saves; resumes what `workdir` holds.
+
+  Args:
+    config: ConfigDict with the keys of `recipes.base`.
+    workdir: folder of the run; made if missing.
+    fork: folder of a new run that goes on from the one in `workdir`.
+    overfit_batch: train on the first batch only, without evaluation.
+
+  Returns:
+    {name: value}: the metrics of the last step's evaluation.
+
+  Raises:
+    ValueError, OSError: bad input, before anything is compiled.
+    NonFiniteLoss, Stopped: see there.
+  """
+  config = config_lib.track(config)
+  devices.check()
+  devices.enable_compilation_cache(config.compilation_cache)
+  parent, workdir = (workdir, fork) if fork else (None, workdir)
+  resolved = workdir_lib.prepare(workdir, config)
+
+  # What is trained on, and for how long.
+  mesh = sharding.create_mesh(config.mesh)
+  batch_size = config.global_batch_size
+  sharding.check_batch_size('global_batch_size', batch_size, mesh)
+  data_seed = config.seed if config.data_seed < 0 else config.data_seed
+  data = input_pipeline.open_data(config.input, data_seed)
+  check_expectations(config.input, data)
+  units = durations.Units.of(
+      data.train.num_examples, batch_size, config.input.epoch)
+  total_steps = durations.to_steps(config, 'total', units)
+  log_due, eval_due, checkpoint_due = (
+      durations.cadence(config[section], units, total_steps)
+      for section in ('log', 'eval', 'checkpoint'))
+
+  # The model, and the rule by which it learns.
+  frozen = tuple(config.frozen)
+  model = vit.create(
+      num_classes=len(data.class_names), **train_state.model_fields(
+          config.model, frozen))
+  variables = train_state.abstract_variables(model, data.image_shape, mesh)
+  trained, _ = param_paths.split(variables['params'], frozen)
+  normalize = train_step.normalizer(config.input.mean, config.input.std)
+  loss_fn = train_step.make_classification_loss(
+      model, len(data.class_names), normalize, config.loss)
+  make_tx = optimizer.create(config.optimizer, trained)
+  schedule = schedules.create(config.schedule, units, total_steps)
+  ema_alpha = ema.create(
+      config.ema, units, total_steps,
+      durations.to_steps(config.schedule, 'warmup', units, total_steps))
+  hypers = train_step.make_hypers(config.optimizer, config.seed, mesh)
+  evals = evaluators.create(
+      config.evaluators, train_step.make_predict(model, normalize), data, mesh,
+      config.eval.batch_size or batch_size)
+  init_fn, abstract_state = train_state.init(
+      model, data.image_shape, make_tx, frozen, ema_alpha is not None, mesh)
+
+  # Its state: the first match of the list in checkpoint.py.
+  checkpoint.check_disk(workdir, abstract_state)
+  given = checkpoint.init_from(config.init_from, variables)
+  manager = checkpoint.Manager(
+      workdir, config.checkpoint.keep_last, config.checkpoint.keep_best)
+  prefetch = config.prefetch
+  config_lib.check_all_read(config)
+  state = manager.restore(abstract_state)
+  if state is None and parent:
+    state = checkpoint.Manager(parent).restore(abstract_state)
+  if state is None:
+    state = train_state.with_variables(init_fn(hypers['key']), given)
+  start = int(state.step)
+  workdir_lib.record(workdir, resolved)
+  writer = metric_writer.MetricWriter(workdir, start, total_steps)
+  say(f'{workdir}: {param_paths.size(trained):,} trained parameters, '
+      f'{units.num_examples:,} examples, {total_steps:,} steps of {batch_size}, '
+      f'{units.describe(total_steps)}; starting after step {start}')
+  say(optimizer.describe(config.optimizer))
+
+  step_fn = compile_step(
+      train_step.make(loss_fn, make_tx, schedule, ema_alpha), abstract_state,
+      sharding.abstract_batch(data.image_shape, batch_size, mesh), hypers, mesh)
+  batches = input_pipeline.to_device.prefetch(
+      input_pipeline.train_batches(
+          data, global_batch_size=batch_size, data_seed=data_seed,
+          start_step=start, epoch=config.input.epoch,
+          process_index=jax.process_index(),
+          process_count=jax.process_count()),
+      sharding.batch(mesh), size=prefetch)
+
+  with preemption.Stop() as stop, batches, writer, manager:
+    stream = itertools.repeat(next(batches)) if overfit_batch else batches
+    evals = {} if overfit_batch else evals
+    speed = pace.Pace()
+    results = {}
+    if start and eval_due(start) and not writer.has(start, evals):
+      results = evaluators.run(evals, state, start, writer, stop)
+
+    for step in range(start + 1, total_steps + 1):
+      state, metrics = step_fn(state, speed.next(stream), hypers)
+
+      if log_due(step) or step in metric_writer.EARLY:
+        metrics = jax.device_get(metrics)
+        check_finite(metrics, manager)
+        writer.write_train(step, {**metrics, **speed.lap(batch_size)},
+                           step / units.steps_per_epoch)
+
+      with speed.pause():
+        if eval_due(step):
+          results = evaluators.run(evals, state, step, writer, stop)
+        if checkpoint_due(step) or stop.requested():
+          manager.save(state, results if eval_due(step) else None)
+      if stop.requested() and step < total_steps:
+        raise Stopped(f'{stop.requested()}: step {step} is being saved')
+
+  metric_writer.plot_curves(writer.rows, os.path.join(workdir, 'curves.png'))
+  return results
+
+
+def check_expectations(config, data):
+  """Raises ValueError unless the data has the sizes that the config expects."""
+  found = {'num_train': data.train.num_examples,
+           'num_classes': len(data.class_names)}
+  for key, value in found.items():
+    expected = config[key]
+    if expected and expected != value:
+      raise ValueError(
+          f'input.{key}={expected} is expected and the data has {value}.\n'
+          'Give the right data, or set the key to 0 to take what is there.')
+
+
+def check_finite(metrics, manager):
+  """Raises NonFiniteLoss if a step up to now had a loss that is not finite."""
+  step = int(metrics.pop('first_nonfinite_step'))
+  if step >= 0:
+    manager.wait()
+    raise NonFiniteLoss(
+        f'The loss of step {step} is not finite; the newest good checkpoint is '
+        f'of step {manager.latest_step()}.\nLower optimizer.lr, lengthen '
+        'schedule.warmup_*, or set optimizer.clip_norm=1, and --fork from it.')
+
+
+def compile_step(step, abstract_state, abstract_batch, hypers, mesh):
+  """Compiles the step ahead of the loop, so that its time can be told."""
+  begin = time.perf_counter()
+  shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
+  with sharding.tracing(mesh):
+    compiled = jax.jit(
+        step, donate_argnums=0,
+        out_shardings=(shardings, sharding.replicated(mesh)),
+    ).lower(abstract_state, abstract_batch, hypers).compile()
+  say(f'compiled the training step in {time.perf_counter() - begin:.1f} s')
+  return compiled
+
+
+say = metric_writer.say
+
+
+def main(argv=None):
+  """Parses the command line, trains, and turns failures into exit codes."""
+  argv = sys.argv if argv is None else ['vit-jax train', *argv]
+  logging.basicConfig(format='%(message)s', level=logging.WARNING)
+  try:
+    check_package()
+    config_lib.parse_flags(argv)
+    for name in ('config', 'workdir'):
+      if not flags.FLAGS[name].value:
+        raise ValueError(f'--{name} is missing.\nFor example: vit-jax train '
+                         '--config configs/digits.py --workdir runs/digits')
+    train_and_evaluate(
+        flags.FLAGS.config, os.path.expanduser(flags.FLAGS.workdir),
+        fork=flags.FLAGS.fork, overfit_batch=flags.FLAGS.overfit_batch)
+    return 0
+  except Stopped as e:
+    print(e, file=sys.stderr)
+    return STOPPED
+  except Exception as e:  # noqa: BLE001 - every failure becomes an exit code
+    wanted = any(a.startswith('--traceback') for a in argv)
+    if wanted or not (isinstance(e, NonFiniteLoss) or is_message(e)):
+      traceback.print_exc()
+    print('error: ' + str(e).replace('\n', '\n  '), file=sys.stderr)
+    if isinstance(e, NonFiniteLoss):
+      return NOT_FINITE
+    return BAD_INPUT if is_message(e) else 1
+
+
+def check_package():
+  """Raises ValueError if another vit_jax than this file's is imported."""
+  here = os.path.dirname(os.path.abspath(__file__))
+  found = os.path.dirname(os.path.abspath(vit_jax.__file__))
+  if not os.path.samefile(here, found):
+    raise ValueError(f'This is {here}, but `import vit_jax` finds {found}.\n'
+                     'Uninstall the other package (pip uninstall vit_jax).')
+
+
+def is_message(error):
+  """Whether our own code raised it, as a message to whoever runs the program.
+
+  What a library raises is a fault in this program, and keeps its traceback.
+  """
+  if not isinstance(error, (ValueError, OSError)):
+    return False
+  *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+  file = os.path.abspath(frame.f_code.co_filename)
+  ours = (os.path.dirname(m.__file__) for m in (vit_jax, input_pipeline))
+  return file.startswith(tuple(os.path.abspath(p) + os.sep for p in ours))
+
+
+def define_flags():
+  """Defines the flags of the docstring above."""
+  config_lib.define_flag()
+  flags.DEFINE_string('workdir', None, 'Folder of the run.')
+  flags.DEFINE_string('fork', '', 'Folder of a new run to fork into.')
+  flags.DEFINE_bool('overfit_batch', False, 'Train on the first batch only.')
+  flags.DEFINE_bool('traceback', False, 'Show where an error came from.')
+
+
+define_flags()
+
+if __name__ == '__main__':
+  sys.exit(main())
