@@ -128,3 +128,13 @@ def test_ema_updates_are_exact_at_both_ends():
   np.testing.assert_array_equal(update(0.0), old['a'])
   np.testing.assert_array_equal(update(1.0), new['a'])
   np.testing.assert_allclose(update(0.25), 0.75 * old['a'] + 0.25 * new['a'])
+
+
+def test_five_and_ten_epochs_coincide_when_batches_straddle_epochs():
+  units = durations.Units.of(1297, 64, 'exact')
+  five, ten = (durations.cadence(dict(every_epochs=e), units, 1216)
+               for e in (5, 10))
+  fives = [s for s in range(1, 1217) if five(s)]
+  assert fives == [101, 203, 304, 405, 507, 608, 709, 811, 912, 1013, 1115,
+                   1216]
+  assert [s for s in range(1, 1217) if ten(s)] == fives[1::2]

@@ -1,4 +1,6 @@
 """Stems: shapes, the paper's rules, and what BatchNorm does with statistics."""
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,17 +105,23 @@ def test_wrong_convolutions_are_errors_in_words():
 # What BatchNorm does with its statistics.
 
 
-def _bn_stem(**fields):
-  module = stems.create(size='micro', stem='conv', **fields)
+# XLA's optimisations take longer than these programs run.
+_jit = functools.partial(
+    jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+
+
+@functools.cache
+def _bn_stem():
+  module = stems.create(size='micro', stem='conv')
   images = 3.0 + jax.random.normal(jax.random.key(1), (16, 32, 32, 3))
-  variables = jax.jit(
+  variables = _jit(
       lambda key, x: module.init(key, x, train=False))(
           jax.random.key(0), images)
   return module, variables, images
 
 
 def _train(module, variables, images):
-  return jax.jit(lambda v, x: module.apply(
+  return _jit(lambda v, x: module.apply(
       v, x, train=True, mutable=['batch_stats']))(variables, images)
 
 
@@ -140,7 +148,7 @@ def test_frozen_uses_and_keeps_the_running_statistics():
   trained, _ = _train(module, variables, images)
   frozen, new = _train(
       module.clone(batch_norm='frozen'), variables, images)
-  evaluated = jax.jit(
+  evaluated = _jit(
       lambda v, x: module.apply(v, x, train=False))(variables, images)
   assert _differ(trained, evaluated) > 0.1
   assert _differ(frozen, evaluated) < 1e-5

@@ -4,12 +4,14 @@ A key that nothing reads is the commonest silent bug of this kind of code, so
 reads are recorded and an unread leaf stops the run before its first step.
 """
 import difflib
+import re
 
 from absl import flags
 from ml_collections import ConfigDict
 from ml_collections import FieldReference
 from ml_collections import config_flags
 
+from vit_jax import choices
 from vit_jax import durations
 
 # HOW a run is done: may change when it is resumed. Every other key says WHAT
@@ -127,29 +129,39 @@ def check_all_read(config):
 # --------------------------------------------------------------- flags -> config
 
 
-def parse_flags(argv):
-  """Parses absl flags with a `--config` file flag; returns the positionals.
+def parse_flags(argv, define):
+  """Parses a command line with a `--config` file flag.
 
   Durations may be overridden in another unit than the file's:
   --config.total_steps=100 takes the place of total_epochs.
+
+  Args:
+    argv: the program's name and its arguments.
+    define: called with an `absl.flags.FlagValues`, defines the other flags.
+
+  Returns:
+    The parsed FlagValues.
 
   Raises:
     ValueError: anything wrong with the command line or the config file, one
       line of cause and one of remedy.
   """
-  argv, moved = _take_durations(list(argv))
-  argv = [argv[0]] + [_underscored(a) for a in argv[1:]]
+  argv, moved = _take_durations([argv[0], *map(_underscored, argv[1:])])
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file(
+      'config', None, 'Config file, file.py:arg=value,...', lock_config=True,
+      flag_values=values, sys_argv=argv)
+  define(values)
   spec = _config_spec(argv)
-  if spec is not None:
-    _check_overrides(argv, _load(spec), moved)
+  if spec is None:
+    raise ValueError('--config is missing.\n'
+                     'For example: --config configs/digits.py:stem=conv')
+  _check_overrides(argv, _load(spec), moved)
   try:
-    rest = flags.FLAGS(argv)
+    rest = values(argv)
   except flags.UnrecognizedFlagError as e:
-    name = e.flagname.split('.')[0]
-    close = difflib.get_close_matches(name, list(flags.FLAGS), 1, 0.6)
-    hint = f'Did you mean --{close[0]}? ' if close else ''
-    raise ValueError(
-        f'Unknown flag --{e.flagname}.\n{hint}See --help.') from None
+    raise ValueError(choices.unknown(
+        f'--{e.flagname}', [f'--{name}' for name in values], 'flag')) from None
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError,
           OSError) as e:
     raise ValueError(f'{_last_line(e)}\nSee --help.') from None
@@ -157,11 +169,9 @@ def parse_flags(argv):
     raise ValueError(
         f'Unexpected argument {rest[1]!r}.\n'
         'Flags start with two dashes: --config.seed=1')
-  if moved:
-    config = flags.FLAGS['config'].value
-    for path, value in moved.items():
-      set_duration(config, path, value)
-  return rest
+  for path, value in moved.items():
+    set_duration(values.config, path, value)
+  return values
 
 
 def set_duration(config, path, value):
@@ -208,10 +218,11 @@ def _load(spec):
   try:
     return internals.ConfigFileFlagParser('config').parse(spec)
   except (TypeError, ValueError) as e:
-    if e.__cause__ is None and '\n' in str(e) and 'Traceback' not in str(e):
-      raise ValueError(str(e)) from None
-    raise ValueError(f'{path}: {_last_line(e)}\n'
-                     'The docstring of the file lists its arguments.') from None
+    # The text holds the whole traceback of what get_config raised.
+    message = re.split(r'^(?:Value|Type)Error: ', str(e), flags=re.M)[-1].strip()
+    if '\n' not in message:
+      message += '\nThe docstring of the file lists its arguments.'
+    raise ValueError(f'{path}: {message}') from None
 
 
 def _check_overrides(argv, config, moved):
@@ -227,9 +238,11 @@ def _check_overrides(argv, config, moved):
   for path in [*asked, *moved]:
     if path in known or (path in moved and _sibling(path, known)):
       continue
-    tail = path.rsplit('.', 1)[-1]
-    close = (difflib.get_close_matches(path, known, 1, 0.6)
-             or sorted(k for k in known if k.rsplit('.', 1)[-1] == tail))
+    # The nearest whole path, or else the nearest last part of one.
+    by_leaf = {k.rsplit('.', 1)[-1]: k for k in sorted(known)}
+    leaf = difflib.get_close_matches(path.rsplit('.', 1)[-1], by_leaf, 1, 0.6)
+    close = difflib.get_close_matches(path, known, 1, 0.6) or [
+        by_leaf[name] for name in leaf]
     hint = f'Did you mean --config.{close[0]}? ' if close else ''
     raise ValueError(f'The config has no key {path!r}.\n{hint}'
                      f'Top level: {", ".join(sorted(config))}.')
@@ -260,10 +273,3 @@ def _take_durations(argv):
 def _last_line(error):
   lines = [line for line in str(error).strip().splitlines() if line.strip()]
   return lines[-1].strip() if lines else type(error).__name__
-
-
-def define_flag():
-  """Defines `--config`; at import of the program's main module."""
-  config_flags.DEFINE_config_file(
-      'config', None, 'Config file, file.py:arg=value,...', lock_config=True)
-

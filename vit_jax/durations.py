@@ -64,25 +64,34 @@ def to_steps(section, name, units, total_steps=None):
   Raises:
     ValueError: negative, not exactly one spelling, or percent of nothing.
   """
-  unit, value = find(section, name)
-  if value < 0:
-    raise ValueError(f'{name}_{unit}={value} is negative.\nGive 0 or more.')
-  if unit == 'percent' and total_steps is None:
-    raise ValueError(f'{name}_percent has nothing to be a part of.\n'
-                     f'Give {name}_steps, {name}_epochs or {name}_examples.')
-  steps = {
-      'steps': lambda: value,
-      'epochs': lambda: value * units.steps_per_epoch,
-      'examples': lambda: value / units.batch_size,
-      'percent': lambda: value / 100 * (total_steps or 0),
-  }[unit]()
+  steps = _fractional(section, name, units, total_steps)
   return max(1, round(steps)) if steps > 0 else 0
 
 
 def cadence(section, units, total_steps):
   """Returns `due(step) -> bool` of a section with an `every_*` duration.
 
-  The last step is always due; with 0 it is the only one.
+  The last step is always due; with 0 it is the only one. An epoch may be a
+  fraction of a step more than a whole number of them: the k-th time is due at
+  round(k * every), so that `5 epochs` and `10 epochs` coincide.
   """
-  every = to_steps(section, 'every', units, total_steps)
-  return lambda step: step == total_steps or (every > 0 and step % every == 0)
+  every = _fractional(section, 'every', units, total_steps)
+  every = max(every, 1.0) if every else 0.0
+  return lambda step: step == total_steps or (
+      every > 0 and step > 0 and step == round(round(step / every) * every))
+
+
+def _fractional(section, name, units, total_steps):
+  """`to_steps` before rounding."""
+  unit, value = find(section, name)
+  if value < 0:
+    raise ValueError(f'{name}_{unit}={value} is negative.\nGive 0 or more.')
+  if unit == 'percent' and total_steps is None:
+    raise ValueError(f'{name}_percent has nothing to be a part of.\n'
+                     f'Give {name}_steps, {name}_epochs or {name}_examples.')
+  return {
+      'steps': lambda: value,
+      'epochs': lambda: value * units.steps_per_epoch,
+      'examples': lambda: value / units.batch_size,
+      'percent': lambda: value / 100 * (total_steps or 0),
+  }[unit]()

@@ -16,6 +16,7 @@ Exit codes: 0 finished; 1 a fault in the program (traceback); 2 bad input, one
 line of cause and one of remedy; 3 the loss was not finite; 75 stopped by
 SIGTERM or Ctrl-C after saving: run the command again to go on.
 """
+import functools
 import itertools
 import logging
 import os
@@ -224,14 +225,13 @@ def main(argv=None):
   logging.basicConfig(format='%(message)s', level=logging.WARNING)
   try:
     check_package()
-    config_lib.parse_flags(argv)
-    for name in ('config', 'workdir'):
-      if not flags.FLAGS[name].value:
-        raise ValueError(f'--{name} is missing.\nFor example: vit-jax train '
-                         '--config configs/digits.py --workdir runs/digits')
+    args = config_lib.parse_flags(argv, define_flags)
+    if not args.workdir:
+      raise ValueError('--workdir is missing.\n'
+                       'For example: --workdir runs/digits')
     train_and_evaluate(
-        flags.FLAGS.config, os.path.expanduser(flags.FLAGS.workdir),
-        fork=flags.FLAGS.fork, overfit_batch=flags.FLAGS.overfit_batch)
+        args.config, os.path.expanduser(args.workdir),
+        fork=os.path.expanduser(args.fork), overfit_batch=args.overfit_batch)
     return 0
   except Stopped as e:
     print(e, file=sys.stderr)
@@ -268,16 +268,15 @@ def is_message(error):
   return file.startswith(tuple(os.path.abspath(p) + os.sep for p in ours))
 
 
-def define_flags():
-  """Defines the flags of the docstring above."""
-  config_lib.define_flag()
-  flags.DEFINE_string('workdir', None, 'Folder of the run.')
-  flags.DEFINE_string('fork', '', 'Folder of a new run to fork into.')
-  flags.DEFINE_bool('overfit_batch', False, 'Train on the first batch only.')
-  flags.DEFINE_bool('traceback', False, 'Show where an error came from.')
+def define_flags(values):
+  """Defines the flags of the docstring above, in absl FlagValues."""
+  add = functools.partial(flags.DEFINE_bool, flag_values=values)
+  add_string = functools.partial(flags.DEFINE_string, flag_values=values)
+  add_string('workdir', '', 'Folder of the run.')
+  add_string('fork', '', 'Folder of a new run to fork into.')
+  add('overfit_batch', False, 'Train on the first batch only.')
+  add('traceback', False, 'Show where an error came from.')
 
-
-define_flags()
 
 if __name__ == '__main__':
   sys.exit(main())

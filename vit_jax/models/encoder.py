@@ -167,8 +167,8 @@ class Encoder(nn.Module):
         'dropout': self.dropout, 'dtype': self.dtype}
     drop_rates = None
     if self.stochastic_depth:
-      drop_rates = jnp.asarray(
-          np.linspace(0.0, self.stochastic_depth, self.depth), jnp.float32)
+      drop_rates = np.linspace(
+          0.0, self.stochastic_depth, self.depth, dtype=np.float32)
     # A scan already keeps XLA from merging the two passes.
     block = REMATS[self.remat](
         Block, static_argnums=(3,), prevent_cse=not self.scan)
