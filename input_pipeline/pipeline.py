@@ -10,11 +10,13 @@ import dataclasses
 import itertools
 import os
 
-import numpy as np
 from absl import logging
+import numpy as np
 
 from input_pipeline import ops as ops_
-from input_pipeline import ops_numpy, order, sources
+from input_pipeline import ops_numpy
+from input_pipeline import order
+from input_pipeline import sources
 
 # What Pillow raises on broken or hostile files, apart from OSError.
 READ_ERRORS = (

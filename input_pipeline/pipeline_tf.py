@@ -8,7 +8,9 @@ import numpy as np
 import tensorflow as tf
 
 from input_pipeline import ops as ops_
-from input_pipeline import ops_numpy, ops_tf, pipeline
+from input_pipeline import ops_numpy
+from input_pipeline import ops_tf
+from input_pipeline import pipeline
 
 
 def images(source, ops, shape, data_seed, rows, start, count):

@@ -4,16 +4,16 @@ A source is either encoded (image files, still to be decoded) or raw (uint8
 pixels). `SOURCES` says which exist; each function returns the training source
 and the evaluation sources, checked, with one list of class names.
 """
+from collections.abc import Sequence
 import dataclasses
 import hashlib
 import json
 import os
 import zipfile
 import zlib
-from collections.abc import Sequence
 
-import numpy as np
 from absl import logging
+import numpy as np
 from PIL import Image
 
 

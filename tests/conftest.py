@@ -8,6 +8,6 @@ if 'host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
       + ' --xla_force_host_platform_device_count=8')
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 
-import jax  # noqa: E402
+import jax
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')

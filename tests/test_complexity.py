@@ -8,9 +8,9 @@ parameters are also torchvision's for vit_b_16.
 import time
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 import pytest
-from jax import lax
 
 from vit_jax import complexity
 from vit_jax.models import vit

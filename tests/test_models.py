@@ -2,13 +2,14 @@
 import functools
 import math
 
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
-from vit_jax.models import encoder, vit
+from vit_jax.models import encoder
+from vit_jax.models import vit
 
 # Parameters with a class token at C=1000, C=1000 and 384 px, C=21843.
 # google-research/vision_transformer models_test.py and released checkpoints.

@@ -3,12 +3,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+import numpy as np
+import pytest
 
-from vit_jax.models import stems, variants
+from vit_jax.models import stems
+from vit_jax.models import variants
 
 
 def _shapes(size, stem, image_size, channels=3):

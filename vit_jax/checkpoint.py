@@ -71,7 +71,7 @@ class Manager:
       try:
         return self._manager.restore(
             step, args=ocp.args.StandardRestore(abstract_state))
-      except Exception as e:  # noqa: BLE001 - whatever a damaged file raises
+      except Exception as e:
         logging.warning(
             'checkpoint %d cannot be read (%s); trying the one before',
             step, _first_line(e))

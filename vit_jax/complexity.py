@@ -10,9 +10,10 @@ Element-wise operations and normalisation count nothing.
 `compiled.cost_analysis()` is no substitute: it counts the body of a scan once.
 """
 import collections
+from collections.abc import Callable
+from collections.abc import Iterator
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax

@@ -7,9 +7,9 @@ import difflib
 import re
 
 from absl import flags
+from ml_collections import config_flags
 from ml_collections import ConfigDict
 from ml_collections import FieldReference
-from ml_collections import config_flags
 
 from vit_jax import choices
 from vit_jax import durations

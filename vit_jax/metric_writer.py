@@ -105,6 +105,13 @@ class MetricWriter:
     return any(r['step'] == step and any(f'{n}/count' in r for n in names)
                for r in self.rows)
 
+  def last(self, names):
+    """The newest row of one of the evaluators, without step and time; {}."""
+    for row in reversed(self.rows):
+      if any(f'{n}/count' in row for n in names):
+        return {k: v for k, v in row.items() if k not in ('step', 'time')}
+    return {}
+
   def _add_events(self, row):
     from tensorboard.compat.proto import event_pb2
     from tensorboard.compat.proto import summary_pb2

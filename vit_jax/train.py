@@ -103,6 +103,7 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
   model = vit.create(
       num_classes=len(data.class_names), **train_state.model_fields(
           config.model, frozen))
+  check_image_size(model, data)
   variables = train_state.abstract_variables(model, data.image_shape, mesh)
   trained, _ = param_paths.split(variables['params'], frozen)
   normalize = train_step.normalizer(config.input.mean, config.input.std)
@@ -114,9 +115,9 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
       config.ema, units, total_steps,
       durations.to_steps(config.schedule, 'warmup', units, total_steps))
   hypers = train_step.make_hypers(config.optimizer, config.seed, mesh)
+  predict = train_step.make_predict(model, normalize)
   evals = evaluators.create(
-      config.evaluators, train_step.make_predict(model, normalize), data, mesh,
-      config.eval.batch_size or batch_size)
+      config.evaluators, predict, data, mesh, config.eval.batch_size or batch_size)
   init_fn, abstract_state = train_state.init(
       model, data.image_shape, make_tx, frozen, ema_alpha is not None, mesh)
 
@@ -126,6 +127,8 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
   manager = checkpoint.Manager(
       workdir, config.checkpoint.keep_last, config.checkpoint.keep_best)
   prefetch = config.prefetch
+  evaluators.check_metric(
+      config.checkpoint.keep_best, evals, with_ema=ema_alpha is not None)
   config_lib.check_all_read(config)
   state = manager.restore(abstract_state)
   if state is None and parent:
@@ -177,7 +180,9 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
         raise Stopped(f'{stop.requested()}: step {step} is being saved')
 
   metric_writer.plot_curves(writer.rows, os.path.join(workdir, 'curves.png'))
-  return results
+  evaluators.report_classes(evals, os.path.join(workdir, 'per_class.json'))
+  say(f'wrote checkpoint, metrics.jsonl, curves.png to {workdir}')
+  return results or writer.last(evals)
 
 
 def check_expectations(config, data):
@@ -190,6 +195,18 @@ def check_expectations(config, data):
       raise ValueError(
           f'input.{key}={expected} is expected and the data has {value}.\n'
           'Give the right data, or set the key to 0 to take what is there.')
+
+
+def check_image_size(model, data):
+  """Raises ValueError for images that the model cannot take; warns of crops."""
+  if data.eval_shape != data.image_shape:
+    raise ValueError(
+        f'Training images are {data.image_shape} and evaluation images '
+        f'{data.eval_shape}.\nLet input.pp and input.eval_pp end in one size.')
+  _, cropped = vit.token_grid(model.stem.patch, data.image_shape[:2])
+  if any(cropped):
+    say(f'warning: {cropped[0]} rows and {cropped[1]} columns of pixels do not '
+        f'fill a patch of {model.stem.patch} and are cropped')
 
 
 def check_finite(metrics, manager):
@@ -236,7 +253,7 @@ def main(argv=None):
   except Stopped as e:
     print(e, file=sys.stderr)
     return STOPPED
-  except Exception as e:  # noqa: BLE001 - every failure becomes an exit code
+  except Exception as e:
     wanted = any(a.startswith('--traceback') for a in argv)
     if wanted or not (isinstance(e, NonFiniteLoss) or is_message(e)):
       traceback.print_exc()

@@ -76,7 +76,7 @@ def environment():
   """Versions, devices and the source's revision, as a flat dict."""
   devices = jax.devices()
   return {
-      'time': datetime.datetime.now(datetime.timezone.utc).isoformat(
+      'time': datetime.datetime.now(datetime.UTC).isoformat(
           timespec='seconds'),
       'python': platform.python_version(),
       **{name: version(name) for name in PACKAGES},

@@ -1,7 +1,12 @@
 """Evaluators: one file each; `run(variables)` yields (name, value)."""
+import json
+
+import jax
+
 from vit_jax import choices
-from vit_jax.metric_writer import say
+from vit_jax import sharding
 from vit_jax.evaluators.classification import Classification
+from vit_jax.metric_writer import say
 
 EVALUATORS = {'classification': Classification}
 
@@ -12,6 +17,7 @@ def create(config, predict, data, mesh, batch_size):
   Raises:
     ValueError: unknown kind of evaluator, or a split that is not there.
   """
+  sharding.check_batch_size('eval.batch_size', batch_size, mesh)
   made = {}
   for name in config:
     section = config[name]
@@ -50,3 +56,30 @@ def run(evals, state, step, writer, stop):
   if row:
     writer.write(step, row)
   return row
+
+
+def check_metric(name, evals, with_ema):
+  """Raises ValueError unless `name` is '' or a metric where more is better."""
+  suffixes = ('', '_ema') if with_ema else ('',)
+  known = [f'{e}{s}/{k}' for e in evals for s in suffixes
+           for k in ('top1', 'top5')]
+  if name and name not in known:
+    raise ValueError(choices.unknown(name, known, 'checkpoint.keep_best'))
+
+
+def report_classes(evals, path):
+  """Writes and prints accuracy by class, of the last weights evaluated.
+
+  Args:
+    evals: see `create`.
+    path: of a JSON file {evaluator: {class: {'top1', 'count'}}}.
+  """
+  table = {name: e.by_class() for name, e in evals.items() if e.by_class()}
+  if jax.process_index() or not table:
+    return
+  with open(path, 'w') as f:
+    json.dump(table, f, indent=1, ensure_ascii=False)
+  for name, classes in table.items():
+    worst = sorted(classes.items(), key=lambda item: item[1]['top1'])[:10]
+    say(f'{name} by class, lowest first: ' + ', '.join(
+        f'{c} {v["top1"]:.1%} of {v["count"]}' for c, v in worst))

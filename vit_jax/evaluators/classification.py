@@ -32,6 +32,7 @@ class Classification:
     self.num_examples = data.evals[split].num_examples
     self.class_names = data.class_names
     self._mesh = mesh
+    self._sums = None
     self._batches = lambda: input_pipeline.eval_batches(
         data, split, global_batch_size=batch_size,
         process_index=jax.process_index(), process_count=jax.process_count())
@@ -64,11 +65,19 @@ class Classification:
     count = int(sums['class_count'].sum())
     if count != self.num_examples:
       raise RuntimeError(f'evaluated {count}/{self.num_examples} examples')
-    self.per_class = sums['class_top1'] / np.maximum(sums['class_count'], 1)
+    self._sums = sums
     yield 'top1', float(sums['class_top1'].sum() / count)
     yield 'top5', float(sums['top5'] / count)
     yield 'loss', float(sums['loss'] / count)
     yield 'count', count
+
+  def by_class(self):
+    """{class: {'top1', 'count'}} of the last run; {} before the first."""
+    if self._sums is None:
+      return {}
+    right, counts = self._sums['class_top1'], self._sums['class_count']
+    return {name: {'top1': float(r / max(n, 1)), 'count': int(n)}
+            for name, r, n in zip(self.class_names, right, counts, strict=True)}
 
 
 def _make_step(predict, num_classes):

@@ -2,11 +2,11 @@
 
 Letters of axes: see `vit.py`; h is here the width of one head.
 """
+from flax import linen as nn
+from flax.linen.spmd import RulesFallback
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
-from flax.linen.spmd import RulesFallback
 
 from vit_jax.models import initializers
 

@@ -7,8 +7,10 @@ import dataclasses
 import math
 
 import jax
+from jax.nn.initializers import Initializer
+from jax.nn.initializers import normal
+from jax.nn.initializers import variance_scaling
 import jax.numpy as jnp
-from jax.nn.initializers import Initializer, normal, variance_scaling
 
 
 def _normal_over_channels(gain: float) -> Initializer:

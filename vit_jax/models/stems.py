@@ -16,13 +16,13 @@ and `stem(images, train=...)`. Letters of axes: see `vit.py`.
 import functools
 import math
 
-import jax
 from flax import linen as nn
+import jax
 
-from vit_jax.models import initializers, variants
+from vit_jax.models import initializers
+from vit_jax.models import variants
 
 BATCH_NORM = ('train', 'frozen')
-NORMS = ('bn', 'ln', 'none')
 ACTIVATIONS = {'relu': nn.relu, 'none': lambda x: x}
 
 

@@ -13,8 +13,8 @@ and 'micro', patch 8, for images of 32 pixels and for tests.
 ViT_C is ViT_P with another stem and one block fewer, so that flops stay equal:
 that block is a column below. The names of stems are listed in `stems.STEMS`.
 """
-import difflib
 from collections.abc import Iterable
+import difflib
 from typing import NamedTuple
 
 

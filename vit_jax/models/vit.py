@@ -13,12 +13,15 @@ Letters of axes, here and in all of vit_jax:
   K    heads
   C    channels of images, classes of logits
 """
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
-from vit_jax.models import encoder, initializers, stems, variants
+from vit_jax.models import encoder
+from vit_jax.models import initializers
+from vit_jax.models import stems
+from vit_jax.models import variants
 
 POOLS = ('token', 'gap')
 POS_EMBEDDINGS = ('learned', 'sincos2d')

@@ -1,0 +1,93 @@
+"""Small runs of the real program, for the tests."""
+import contextlib
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+DIGITS = os.path.join(ROOT, 'configs', 'digits.py')
+TRAIN = os.path.join(ROOT, 'vit_jax', 'train.py')
+# What differs between two runs of the same thing.
+TIMES = ('time', 'train/images_per_s', 'train/data_wait')
+
+
+def config(cache, args='epochs=1', **changes):
+  """configs/digits.py cut down to a few steps; changes are dotted with '__'."""
+  spec = importlib.util.spec_from_file_location('digits', DIGITS)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  c = module.get_config(args)
+  c.compilation_cache = str(cache)
+  c.log.every_steps = 1
+  c.eval = dict(every_steps=0, batch_size=512)
+  c.checkpoint = dict(every_steps=0, keep_last=2, keep_best='')
+  for path, value in changes.items():
+    section = c
+    *parents, leaf = path.split('__')
+    for parent in parents:
+      section = section[parent]
+    section[leaf] = value
+  return c
+
+
+def total_steps(c, steps):
+  """Sets the length of the run in steps."""
+  del c['total_epochs']
+  c.total_steps = steps
+  del c.schedule['warmup_epochs']
+  c.schedule.warmup_steps = 2
+  return c
+
+
+def command(workdir, *flags, cache, args=''):
+  """The command line of a run in a process of its own, on one device."""
+  return [sys.executable, TRAIN, f'--config={DIGITS}:{args}',
+          f'--workdir={workdir}', f'--config.compilation_cache={cache}', *flags]
+
+
+def environment(**changes):
+  """An environment with one CPU device, whatever this process has."""
+  env = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
+  return {**env, 'JAX_PLATFORMS': 'cpu', **changes}
+
+
+def launch(workdir, *flags, cache, args='', timeout=180):
+  """Runs the program to its end; returns the finished process."""
+  return subprocess.run(
+      command(workdir, *flags, cache=cache, args=args), capture_output=True,
+      text=True, timeout=timeout, env=environment(), check=False)
+
+
+def arrays(workdir, step=None):
+  """{path: array} of the newest (or a given) checkpoint, as numpy."""
+  folder = os.path.join(workdir, 'checkpoints')
+  if step is None:
+    step = max(int(n) for n in os.listdir(folder) if n.isdigit())
+  with contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as c:
+    path = os.path.join(folder, str(step), 'default')
+    saved = c.metadata(path).item_metadata.tree
+    tree = c.restore(path, args=ocp.args.PyTreeRestore(
+        restore_args=jax.tree.map(
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)))
+  return {jax.tree_util.keystr(k): np.asarray(v)
+          for k, v in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def digest(workdir, step=None):
+  """A hash of every bit of a checkpoint."""
+  md5 = hashlib.md5()
+  for path, value in sorted(arrays(workdir, step).items()):
+    md5.update(f'{path} {value.dtype} {value.shape}'.encode())
+    md5.update(np.ascontiguousarray(value).tobytes())
+  return md5.hexdigest()
+
+
+def untimed(rows):
+  """Rows of metrics.jsonl without what differs between equal runs."""
+  return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]

@@ -1,0 +1,364 @@
+"""The whole program: resume, kill, fork, faults, and what it leaves behind."""
+import collections
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing import event_accumulator
+
+from tests import runs
+from vit_jax import config as config_lib
+from vit_jax import metric_writer
+from vit_jax import train
+
+
+@pytest.fixture(scope='session')
+def cache(tmp_path_factory):
+  """A compilation cache for the session: equal programs compile once."""
+  return tmp_path_factory.mktemp('xla')
+
+
+@pytest.fixture(scope='session')
+def finished(cache, tmp_path_factory):
+  """A run of 4 steps, evaluated and saved at 2 and 4: (workdir, results)."""
+  workdir = str(tmp_path_factory.mktemp('finished'))
+  results = train.train_and_evaluate(short(cache), workdir)
+  return workdir, results
+
+
+def short(cache, steps=4, **changes):
+  return runs.total_steps(runs.config(
+      cache, eval__every_steps=2, checkpoint__every_steps=2,
+      checkpoint__keep_best='test/top1', **changes), steps)
+
+
+def test_what_a_run_leaves_behind(finished):
+  workdir, results = finished
+  assert results['test/count'] == results['test_ema/count'] == 500
+  rows = metric_writer.read(workdir)
+  assert [r['step'] for r in rows if 'train/loss' in r] == [1, 2, 3, 4]
+  assert [r['step'] for r in rows if 'test/top1' in r] == [2, 4]
+  assert set(rows[0]) == {
+      'step', 'time', 'train/loss', 'train/lr', 'train/grad_norm',
+      'train/images_per_s', 'train/data_wait'}
+  for name in ('test', 'test_ema'):
+    for key in ('top1', 'top5', 'loss', 'count'):
+      assert f'{name}/{key}' in rows[-1]
+  assert rows[-1]['test/top1'] <= rows[-1]['test/top5'] <= 1
+  with open(os.path.join(workdir, 'config.json')) as f:
+    saved = json.load(f)
+  assert saved['total_steps'] == 4 and saved['model']['stem'] == 'conv'
+  with open(os.path.join(workdir, 'launches.jsonl')) as f:
+    launch = json.loads(f.readline())
+  assert {'command', 'jax', 'git', 'device_kind', 'backend'} <= set(launch)
+  assert os.path.getsize(os.path.join(workdir, 'curves.png')) > 5000
+  with open(os.path.join(workdir, 'per_class.json')) as f:
+    per_class = json.load(f)['test']
+  assert list(per_class) == [str(i) for i in range(10)]
+  assert np.isclose(np.average(
+      [c['top1'] for c in per_class.values()],
+      weights=[c['count'] for c in per_class.values()]), results['test/top1'])
+
+
+def test_events_hold_the_rows(finished):
+  workdir, _ = finished
+  events = event_accumulator.EventAccumulator(os.path.join(workdir, 'events'))
+  events.Reload()
+  rows = metric_writer.read(workdir)
+  for name in ('train/loss', 'test_ema/top1'):
+    assert [(e.step, np.float32(e.value)) for e in events.Scalars(name)] == [
+        (r['step'], np.float32(r[name])) for r in rows if name in r]
+
+
+def test_two_steps_and_two_resumed_are_four(finished, cache, tmp_path):
+  workdir, _ = finished
+  half = str(tmp_path)
+  shutil.copytree(workdir, half, dirs_exist_ok=True)
+  # As if the run had been killed after step 3: the checkpoint of step 2 is the
+  # newest, rows of step 3 are there, the last of them half-written.
+  shutil.rmtree(os.path.join(half, 'checkpoints', '4'))
+  rows = [r for r in metric_writer.read(workdir) if r['step'] <= 3]
+  with open(os.path.join(half, 'metrics.jsonl'), 'w') as f:
+    f.writelines(json.dumps(r) + '\n' for r in rows)
+    f.write('{"step": 3, "ti')
+  train.train_and_evaluate(short(cache), half)
+  assert runs.digest(half) == runs.digest(workdir)
+  assert runs.untimed(metric_writer.read(half)) == runs.untimed(
+      metric_writer.read(workdir))
+  events = event_accumulator.EventAccumulator(os.path.join(half, 'events'))
+  events.Reload()
+  assert [e.step for e in events.Scalars('train/loss')] == [1, 2, 3, 4]
+
+
+def test_a_finished_run_is_left_as_it_is(finished, cache):
+  workdir, results = finished
+  before = runs.digest(workdir)
+  train.train_and_evaluate(short(cache), workdir)
+  assert runs.digest(workdir) == before
+  steps = collections.Counter(
+      r['step'] for r in metric_writer.read(workdir) if 'test/top1' in r)
+  assert steps == {2: 1, 4: 1}
+
+
+def test_resuming_may_change_how_but_not_what(finished, cache, tmp_path, caplog):
+  workdir, _ = finished
+  with pytest.raises(ValueError, match=r'seed: 0 -> 3') as e:
+    train.train_and_evaluate(short(cache, seed=3), workdir)
+  assert '--fork' in str(e.value)
+  # A fork goes on from the checkpoint, with the new setting.
+  forked = str(tmp_path / 'fork')
+  train.train_and_evaluate(short(cache, steps=6, seed=3), workdir, fork=forked)
+  assert [r['step'] for r in metric_writer.read(forked)
+          if 'train/loss' in r] == [5, 6]
+  with caplog.at_level('INFO'):
+    train.train_and_evaluate(short(cache, prefetch=1), workdir)
+  assert 'prefetch: 2 -> 1' in caplog.text
+
+
+def test_another_rate_or_seed_compiles_nothing(finished, cache, tmp_path):
+  hits = collections.Counter()
+  listen = lambda event, **_: hits.update([event.rsplit('/', 1)[-1]])
+  jax.monitoring.register_event_listener(listen)
+  changes = short(cache, seed=5)
+  changes.optimizer.lr = 3e-4
+  train.train_and_evaluate(changes, str(tmp_path))
+  assert hits['cache_hits'] > 0 and hits['cache_misses'] == 0, hits
+
+
+def test_weights_of_another_run(finished, cache, tmp_path):
+  workdir, _ = finished
+  c = short(cache, steps=1, optimizer__lr=0.0)
+  c.init_from = dict(run=workdir, weights='raw', paths=('stem/.*', 'head/.*'),
+                     reset=('head/bias',))
+  c.frozen = ('stem/.*',)
+  train.train_and_evaluate(c, str(tmp_path))
+  old, new = runs.arrays(workdir), runs.arrays(str(tmp_path))
+  same = lambda a, b: np.array_equal(old[a], new[b])
+  assert same("['params']['stem']['conv_0']['kernel']",
+              "['frozen']['stem']['conv_0']['kernel']")
+  assert same("['batch_stats']['stem']['norm_0']['mean']",
+              "['batch_stats']['stem']['norm_0']['mean']")
+  assert same(*["['params']['head']['kernel']"] * 2)
+  assert not same(*["['params']['head']['bias']"] * 2)
+  assert not any('stem' in k for k in new if 'opt_state' in k)
+
+
+@pytest.mark.parametrize('changes, message', [
+    (dict(init_from__paths=('stem/.*', 'had/.*')), 'matches no parameter'),
+    (dict(model__stem='patchify'), r'has no stem/embedding'),
+    (dict(model__stem='conv_ln', init_from__paths=('.*',)), ''),
+    (dict(init_from__run='/nowhere'), 'holds no checkpoints'),
+    (dict(init_from__weights='best'), 'ema or raw'),
+])
+def test_weights_that_do_not_fit(finished, cache, tmp_path, changes, message):
+  workdir, _ = finished
+  changes = {'init_from__run': workdir, **changes}
+  c = short(cache, **changes)
+  if message:
+    with pytest.raises(ValueError, match=message):
+      train.train_and_evaluate(c, str(tmp_path))
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    finished, cache, tmp_path, caplog):
+  workdir, _ = finished
+  damaged = str(tmp_path)
+  shutil.copytree(workdir, damaged, dirs_exist_ok=True)
+  largest = max(
+      (os.path.join(d, f) for d, _, files in os.walk(
+          os.path.join(damaged, 'checkpoints', '4')) for f in files),
+      key=os.path.getsize)
+  with open(largest, 'r+b') as f:
+    f.truncate(os.path.getsize(largest) // 2)
+  train.train_and_evaluate(short(cache), damaged)
+  assert 'checkpoint 4 cannot be read' in caplog.text
+  assert os.path.isdir(os.path.join(damaged, 'checkpoints', '4.unreadable'))
+  assert runs.digest(damaged) == runs.digest(workdir)
+
+
+def test_a_non_finite_loss_stops_with_its_step(cache, tmp_path):
+  c = short(cache, steps=8)
+  c.log.every_steps = 100
+  c.optimizer.lr = float('inf')
+  with pytest.raises(train.NonFiniteLoss, match='loss of step [23] '):
+    train.train_and_evaluate(c, str(tmp_path))
+  saved = os.path.join(str(tmp_path), 'checkpoints')
+  assert all(int(n) < 3 for n in os.listdir(saved) if n.isdigit())
+
+
+def test_keep_best_keeps_the_best(cache, tmp_path):
+  c = short(cache, steps=6)
+  c.checkpoint.keep_last = 1
+  train.train_and_evaluate(c, str(tmp_path))
+  top1 = {r['step']: r['test/top1'] for r in metric_writer.read(str(tmp_path))
+          if 'test/top1' in r}
+  best = max(top1.values())
+  kept = {int(n) for n in os.listdir(tmp_path / 'checkpoints') if n.isdigit()}
+  assert 6 in kept and any(top1[s] == best for s in kept) and len(kept) <= 2
+
+
+def test_overfitting_one_batch(cache, tmp_path):
+  c = runs.total_steps(runs.config(cache), 30)
+  c.loss.label_smoothing = 0.0
+  train.train_and_evaluate(c, str(tmp_path), overfit_batch=True)
+  loss = [r['train/loss'] for r in metric_writer.read(str(tmp_path))
+          if 'train/loss' in r]
+  assert loss[-1] < 0.5 < loss[0]
+
+
+def test_an_unread_key_stops_before_the_first_step(cache, tmp_path):
+  c = short(cache)
+  c.optimizer.momentum = 0.9
+  with pytest.raises(ValueError, match=r'Nothing reads.*optimizer\.momentum'):
+    train.train_and_evaluate(c, str(tmp_path))
+
+
+@pytest.mark.parametrize('changes, message', [
+    (dict(global_batch_size=63), 'nearest sizes that do: 56 and 64'),
+    (dict(mesh=dict(data=3)), 'does not fit 8 device'),
+    (dict(model__size='mikro'), 'Did you mean'),
+    (dict(model__stem='covn'), 'Did you mean'),
+    (dict(optimizer__name='adamm'), 'Did you mean'),
+    (dict(schedule__name='cosin'), 'Did you mean'),
+    (dict(loss__name='softmax'), 'Did you mean'),
+    (dict(ema__name='deccay'), 'Did you mean'),
+    (dict(input__source='digit'), 'Did you mean'),
+    (dict(input__pp='decod'), 'decode'),
+    (dict(input__pp='decode|resize(4)'), 'patch'),
+    (dict(input__num_classes=12), 'input.num_classes=12 is expected'),
+    (dict(evaluators=dict(test=dict(name='classification', split='vall'))),
+     'no evaluation split'),
+    (dict(checkpoint__keep_last=0), 'Keep at least 1'),
+    (dict(checkpoint__keep_best='tset/top1'), 'keep_best'),
+    (dict(frozen=('stme/.*',)), 'matches no parameter'),
+    (dict(eval__batch_size=100), 'eval.batch_size=100 does not divide'),
+    (dict(schedule__warmup_steps=100), 'longer than the run'),
+])
+def test_bad_input_is_two_lines_before_the_first_compile(
+    cache, tmp_path, changes, message, monkeypatch):
+  def compiled(*_):
+    raise AssertionError('compiled before the check')
+  monkeypatch.setattr(train, 'compile_step', compiled)
+  with pytest.raises(ValueError, match=message) as e:
+    train.train_and_evaluate(short(cache, **changes), str(tmp_path))
+  lines = str(e.value).splitlines()
+  assert len(lines) == 2 and all(lines), str(e.value)
+  assert train.is_message(e.value)
+
+
+def test_an_unwritable_workdir(cache, tmp_path):
+  file = tmp_path / 'file'
+  file.touch()
+  with pytest.raises(ValueError, match='Cannot write to the workdir'):
+    train.train_and_evaluate(short(cache), str(file / 'run'))
+
+
+def test_a_gpu_that_jax_does_not_see_stops_the_run(monkeypatch, cache, tmp_path):
+  monkeypatch.setattr('vit_jax.devices.nvidia_gpus', lambda: 2)
+  monkeypatch.delenv('JAX_PLATFORMS', raising=False)
+  with pytest.raises(ValueError, match=r'pip install .*gpu'):
+    train.train_and_evaluate(short(cache), str(tmp_path))
+
+
+def test_without_tensorflow(cache, tmp_path):
+  code = (
+      'import sys; sys.modules["tensorflow"] = None\n'
+      'sys.argv = sys.argv[1:]\n'
+      'from vit_jax import train\n'
+      'code = train.main(sys.argv[1:])\n'
+      'assert sys.modules["tensorflow"] is None\n'
+      'sys.exit(code)')
+  flags = runs.command(tmp_path, '--config.total_steps=2',
+                       '--config.schedule.warmup_steps=1', cache=cache)[1:]
+  done = subprocess.run(
+      [sys.executable, '-c', code, *flags], env=runs.environment(),
+      capture_output=True, text=True, timeout=180, check=False)
+  assert done.returncode == 0, done.stderr
+  assert 'evaluated 500/500' in done.stdout
+
+
+def test_exit_codes_and_messages_of_the_command(cache, tmp_path):
+  done = runs.launch(tmp_path, '--config.model.size=S/15', cache=cache)
+  assert done.returncode == train.BAD_INPUT
+  assert done.stderr.startswith('error: ') and 'Traceback' not in done.stderr
+  done = runs.launch(tmp_path, '--config.model.size=S/15', '--traceback',
+                     cache=cache)
+  assert done.returncode == train.BAD_INPUT and 'Traceback' in done.stderr
+
+
+KILLED_STEPS = 60
+
+
+def killed_flags():
+  return (f'--config.total_steps={KILLED_STEPS}',
+          '--config.schedule.warmup_steps=5', '--config.log.every_steps=1',
+          '--config.eval.every_steps=20', '--config.checkpoint.every_steps=4')
+
+
+def test_three_kills_leave_no_trace(cache, tmp_path):
+  whole, broken = str(tmp_path / 'whole'), str(tmp_path / 'broken')
+  done = runs.launch(whole, *killed_flags(), cache=cache)
+  assert done.returncode == 0, done.stderr
+  rng = random.Random(0)
+  for kill_at in sorted(rng.sample(range(5, KILLED_STEPS - 5), 3)):
+    process = subprocess.Popen(
+        runs.command(broken, *killed_flags(), cache=cache),
+        env=runs.environment(), stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while process.poll() is None and time.time() < deadline:
+      rows = metric_writer.read(broken)
+      if rows and rows[-1]['step'] >= kill_at:
+        break
+      time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, 'it ended before it was killed'
+  done = runs.launch(broken, *killed_flags(), cache=cache)
+  assert done.returncode == 0, done.stderr
+  assert runs.digest(broken) == runs.digest(whole)
+  assert runs.untimed(metric_writer.read(broken)) == runs.untimed(
+      metric_writer.read(whole))
+
+
+def test_sigterm_saves_and_says_so(cache, tmp_path):
+  flags = (*killed_flags()[:3], '--config.total_steps=2000',
+           '--config.eval.every_steps=0', '--config.checkpoint.every_steps=0')
+  process = subprocess.Popen(
+      runs.command(tmp_path, *flags, cache=cache), env=runs.environment(),
+      stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+  deadline = time.time() + 120
+  while not metric_writer.read(tmp_path) and time.time() < deadline:
+    time.sleep(0.01)
+  process.send_signal(signal.SIGTERM)
+  _, error = process.communicate(timeout=60)
+  assert process.returncode == train.STOPPED, error
+  saved = [int(n) for n in os.listdir(tmp_path / 'checkpoints')]
+  assert len(saved) == 1 and f'SIGTERM: step {saved[0]} ' in error
+
+
+def test_configs_read_only_what_they_set(cache, tmp_path):
+  # The digits config through the real program: no key is dead.
+  for args in ('', 'stem=patchify,optimizer=sgd'):
+    c = runs.total_steps(runs.config(cache, args), 1)
+    train.train_and_evaluate(c, str(tmp_path / args))
+    assert config_lib.unread(c) == []
+
+
+def test_help_needs_no_jax():
+  code = ('import sys; sys.modules["jax"] = None\n'
+          'from vit_jax import __main__ as m\n'
+          'm.main(["--help"])\n'
+          'for name in m.COMMANDS: assert m.main([name, "--help"]) == 0\n')
+  done = subprocess.run([sys.executable, '-c', code], capture_output=True,
+                        text=True, check=False, timeout=60)
+  assert done.returncode == 0, done.stderr
+  for flag in ('--workdir', '--fork', '--overfit_batch', '--traceback'):
+    assert flag in done.stdout
