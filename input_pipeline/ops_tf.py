@@ -10,8 +10,8 @@ from input_pipeline import ops_numpy
 # TensorFlow would otherwise take the memory of the GPUs that JAX trains on.
 tf.config.set_visible_devices([], 'GPU')
 
-# How `decode` reads a file. TensorFlow has no decoder for the rest (WebP) or
-# one that differs (GIF, BMP), so Pillow takes those.
+# How `decode` reads a file. JPEG and PNG are worth a decoder outside of
+# Python's lock; Pillow takes the rest, so one meaning of each format remains.
 JPEG, PNG, OTHER = range(3)
 KINDS = {'JPEG': JPEG, 'MPO': JPEG, 'PNG': PNG}
 # The chroma of a column depends on its neighbours; decoded with this many
@@ -19,7 +19,7 @@ KINDS = {'JPEG': JPEG, 'MPO': JPEG, 'PNG': PNG}
 _MARGIN = 2
 
 
-def kind(image):
+def kind_of(image):
   """Which decoder a Pillow image asks for."""
   return KINDS.get(image.format, OTHER)
 
@@ -68,7 +68,7 @@ def load(content, kind, size, views, ops, channels):
 
   Args:
     content: string scalar.
-    kind: int32 scalar, from `kind`.
+    kind: int32 scalar, from `kind_of`.
     size: int32 [2], height and width of the image.
     views: int32 [len(ops), 7], from `ops.views`.
     ops: from `ops.parse`, beginning with decode.

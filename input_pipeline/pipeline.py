@@ -4,7 +4,6 @@ Two engines give the same examples in the same order: numpy with Pillow for
 everything in memory, `tf.data` for files on disk. Without TensorFlow the first
 one reads files, too.
 """
-import collections
 import concurrent.futures
 import dataclasses
 import itertools
@@ -300,6 +299,5 @@ def unreadable(source, index, error):
 
 def class_counts(data):
   """{split: {class name: number of examples}}, training first."""
-  return collections.OrderedDict(
-      (name, source.counts())
-      for name, source in (('train', data.train), *data.evals.items()))
+  return {name: source.counts()
+          for name, source in {'train': data.train, **data.evals}.items()}

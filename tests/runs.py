@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import jax
+import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -24,10 +25,13 @@ def config(cache, args='epochs=1', **changes):
   spec.loader.exec_module(module)
   c = module.get_config(args)
   c.compilation_cache = str(cache)
+  c.model.scan = True  # compiles in half the time
   c.log.every_steps = 1
   c.eval = dict(every_steps=0, batch_size=512)
   c.checkpoint = dict(every_steps=0, keep_last=2, keep_best='')
   for path, value in changes.items():
+    if isinstance(value, dict):
+      value = ml_collections.ConfigDict(value)
     section = c
     *parents, leaf = path.split('__')
     for parent in parents:
@@ -36,19 +40,20 @@ def config(cache, args='epochs=1', **changes):
   return c
 
 
-def total_steps(c, steps):
-  """Sets the length of the run in steps."""
+def total_steps(c, steps, warmup=2):
+  """Sets the length of the run and of its warm-up in steps."""
   del c['total_epochs']
   c.total_steps = steps
   del c.schedule['warmup_epochs']
-  c.schedule.warmup_steps = 2
+  c.schedule.warmup_steps = warmup
   return c
 
 
 def command(workdir, *flags, cache, args=''):
   """The command line of a run in a process of its own, on one device."""
   return [sys.executable, TRAIN, f'--config={DIGITS}:{args}',
-          f'--workdir={workdir}', f'--config.compilation_cache={cache}', *flags]
+          f'--workdir={workdir}', f'--config.compilation_cache={cache}',
+          '--config.model.scan', *flags]
 
 
 def environment(**changes):

@@ -1,4 +1,4 @@
-"""Durations and learning-rate schedules against the papers' and peers' values."""
+"""Durations and schedules against the papers' and peers' values."""
 from ml_collections import ConfigDict
 import numpy as np
 import pytest
@@ -124,7 +124,7 @@ def test_the_papers_ema_rule(epochs, batch, alpha):
 def test_ema_updates_are_exact_at_both_ends():
   old = {'a': np.float32([0.1, 0.2])}
   new = {'a': np.float32([0.7, -1e8])}
-  update = lambda alpha: np.asarray(ema.update(old, new, np.float32(alpha))['a'])
+  update = lambda alpha: ema.update(old, new, np.float32(alpha))['a']
   np.testing.assert_array_equal(update(0.0), old['a'])
   np.testing.assert_array_equal(update(1.0), new['a'])
   np.testing.assert_allclose(update(0.25), 0.75 * old['a'] + 0.25 * new['a'])

@@ -35,9 +35,11 @@ def finished(cache, tmp_path_factory):
 
 
 def short(cache, steps=4, **changes):
-  return runs.total_steps(runs.config(
-      cache, eval__every_steps=2, checkpoint__every_steps=2,
-      checkpoint__keep_best='test/top1', **changes), steps)
+  """A run of a few steps, evaluated and saved every second."""
+  changes = dict(eval__every_steps=2, checkpoint__every_steps=2,
+                 checkpoint__keep_best='test/top1', warmup=2) | changes
+  warmup = changes.pop('warmup')
+  return runs.total_steps(runs.config(cache, **changes), steps, warmup)
 
 
 def test_what_a_run_leaves_behind(finished):
@@ -99,7 +101,7 @@ def test_two_steps_and_two_resumed_are_four(finished, cache, tmp_path):
 
 
 def test_a_finished_run_is_left_as_it_is(finished, cache):
-  workdir, results = finished
+  workdir, _ = finished
   before = runs.digest(workdir)
   train.train_and_evaluate(short(cache), workdir)
   assert runs.digest(workdir) == before
@@ -108,7 +110,8 @@ def test_a_finished_run_is_left_as_it_is(finished, cache):
   assert steps == {2: 1, 4: 1}
 
 
-def test_resuming_may_change_how_but_not_what(finished, cache, tmp_path, caplog):
+def test_resuming_may_change_how_but_not_what(
+    finished, cache, tmp_path, caplog):
   workdir, _ = finished
   with pytest.raises(ValueError, match=r'seed: 0 -> 3') as e:
     train.train_and_evaluate(short(cache, seed=3), workdir)
@@ -135,7 +138,7 @@ def test_another_rate_or_seed_compiles_nothing(finished, cache, tmp_path):
 
 def test_weights_of_another_run(finished, cache, tmp_path):
   workdir, _ = finished
-  c = short(cache, steps=1, optimizer__lr=0.0)
+  c = short(cache, steps=1, warmup=0, optimizer__lr=0.0)
   c.init_from = dict(run=workdir, weights='raw', paths=('stem/.*', 'head/.*'),
                      reset=('head/bias',))
   c.frozen = ('stem/.*',)
@@ -188,7 +191,7 @@ def test_a_non_finite_loss_stops_with_its_step(cache, tmp_path):
   c = short(cache, steps=8)
   c.log.every_steps = 100
   c.optimizer.lr = float('inf')
-  with pytest.raises(train.NonFiniteLoss, match='loss of step [23] '):
+  with pytest.raises(train.NonFiniteLoss, match=r'loss of step [23] '):
     train.train_and_evaluate(c, str(tmp_path))
   saved = os.path.join(str(tmp_path), 'checkpoints')
   assert all(int(n) < 3 for n in os.listdir(saved) if n.isdigit())
@@ -240,7 +243,7 @@ def test_an_unread_key_stops_before_the_first_step(cache, tmp_path):
     (dict(checkpoint__keep_best='tset/top1'), 'keep_best'),
     (dict(frozen=('stme/.*',)), 'matches no parameter'),
     (dict(eval__batch_size=100), 'eval.batch_size=100 does not divide'),
-    (dict(schedule__warmup_steps=100), 'longer than the run'),
+    (dict(warmup=100), 'longer than the run'),
 ])
 def test_bad_input_is_two_lines_before_the_first_compile(
     cache, tmp_path, changes, message, monkeypatch):
@@ -261,37 +264,34 @@ def test_an_unwritable_workdir(cache, tmp_path):
     train.train_and_evaluate(short(cache), str(file / 'run'))
 
 
-def test_a_gpu_that_jax_does_not_see_stops_the_run(monkeypatch, cache, tmp_path):
+def test_a_gpu_that_jax_does_not_see_stops_the_run(
+    monkeypatch, cache, tmp_path):
   monkeypatch.setattr('vit_jax.devices.nvidia_gpus', lambda: 2)
   monkeypatch.delenv('JAX_PLATFORMS', raising=False)
   with pytest.raises(ValueError, match=r'pip install .*gpu'):
     train.train_and_evaluate(short(cache), str(tmp_path))
 
 
-def test_without_tensorflow(cache, tmp_path):
-  code = (
-      'import sys; sys.modules["tensorflow"] = None\n'
-      'sys.argv = sys.argv[1:]\n'
-      'from vit_jax import train\n'
-      'code = train.main(sys.argv[1:])\n'
-      'assert sys.modules["tensorflow"] is None\n'
-      'sys.exit(code)')
-  flags = runs.command(tmp_path, '--config.total_steps=2',
-                       '--config.schedule.warmup_steps=1', cache=cache)[1:]
-  done = subprocess.run(
-      [sys.executable, '-c', code, *flags], env=runs.environment(),
-      capture_output=True, text=True, timeout=180, check=False)
-  assert done.returncode == 0, done.stderr
-  assert 'evaluated 500/500' in done.stdout
+def test_exit_codes_and_messages_of_the_command(tmp_path, capsys):
+  flags = ['--config', runs.DIGITS, '--workdir', str(tmp_path),
+           '--config.model.size=S/15', '--config.compilation_cache=']
+  assert train.main(flags) == train.BAD_INPUT
+  error = capsys.readouterr().err
+  assert error.startswith('error: ') and 'Traceback' not in error
+  assert train.main([*flags, '--traceback']) == train.BAD_INPUT
+  assert 'Traceback' in capsys.readouterr().err
+  assert train.main(flags[:2]) == train.BAD_INPUT
+  assert '--workdir is missing' in capsys.readouterr().err
 
 
-def test_exit_codes_and_messages_of_the_command(cache, tmp_path):
-  done = runs.launch(tmp_path, '--config.model.size=S/15', cache=cache)
-  assert done.returncode == train.BAD_INPUT
-  assert done.stderr.startswith('error: ') and 'Traceback' not in done.stderr
-  done = runs.launch(tmp_path, '--config.model.size=S/15', '--traceback',
-                     cache=cache)
-  assert done.returncode == train.BAD_INPUT and 'Traceback' in done.stderr
+def test_a_fault_of_ours_keeps_its_traceback(tmp_path, capsys, monkeypatch):
+  def broken(*_):
+    return np.zeros(3) + np.zeros(4)  # a ValueError that numpy raises
+  monkeypatch.setattr(train.optimizer, 'describe', broken)
+  flags = ['--config', runs.DIGITS, '--workdir', str(tmp_path),
+           '--config.compilation_cache=', '--config.model.scan']
+  assert train.main(flags) == 1
+  assert 'Traceback' in capsys.readouterr().err
 
 
 KILLED_STEPS = 60
@@ -303,10 +303,30 @@ def killed_flags():
           '--config.eval.every_steps=20', '--config.checkpoint.every_steps=4')
 
 
-def test_three_kills_leave_no_trace(cache, tmp_path):
-  whole, broken = str(tmp_path / 'whole'), str(tmp_path / 'broken')
-  done = runs.launch(whole, *killed_flags(), cache=cache)
+@pytest.fixture(scope='session')
+def whole(cache, tmp_path_factory):
+  """An unbroken run in a process that cannot import TensorFlow."""
+  workdir = str(tmp_path_factory.mktemp('whole'))
+  code = ('import sys; sys.modules["tensorflow"] = None\n'
+          'from vit_jax import train\n'
+          'sys.exit(train.main(sys.argv[1:]))')
+  flags = runs.command(workdir, *killed_flags(), cache=cache)[2:]
+  done = subprocess.run(
+      [sys.executable, '-c', code, *flags], env=runs.environment(),
+      capture_output=True, text=True, timeout=180, check=False)
   assert done.returncode == 0, done.stderr
+  return workdir, done.stdout
+
+
+def test_without_tensorflow(whole):
+  workdir, output = whole
+  assert f'step {KILLED_STEPS} test: ' in output
+  assert output.count('evaluated 500/500') == 6
+  assert len(runs.arrays(workdir)) > 100
+
+
+def test_three_kills_leave_no_trace(whole, cache, tmp_path):
+  whole, broken = whole[0], str(tmp_path)
   rng = random.Random(0)
   for kill_at in sorted(rng.sample(range(5, KILLED_STEPS - 5), 3)):
     process = subprocess.Popen(
@@ -347,7 +367,7 @@ def test_sigterm_saves_and_says_so(cache, tmp_path):
 def test_configs_read_only_what_they_set(cache, tmp_path):
   # The digits config through the real program: no key is dead.
   for args in ('', 'stem=patchify,optimizer=sgd'):
-    c = runs.total_steps(runs.config(cache, args), 1)
+    c = runs.total_steps(runs.config(cache, args), 1, warmup=0)
     train.train_and_evaluate(c, str(tmp_path / args))
     assert config_lib.unread(c) == []
 

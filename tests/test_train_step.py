@@ -31,7 +31,7 @@ def batches():
 
 @functools.cache
 def build(stem, num_devices=1, frozen=(), optimizer_name='adamw', average=True):
-  """Returns (init_fn, compiled step, mesh), compiled once per set of arguments."""
+  """Returns (init_fn, jitted step, mesh), once per set of arguments."""
   mesh = sharding.create_mesh({'data': -1}, jax.devices()[:num_devices])
   model = vit.create(
       size='micro', stem=stem, num_classes=10, pool='gap', dropout=0.1,

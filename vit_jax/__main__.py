@@ -1,4 +1,4 @@
-"""The command line: `vit-jax COMMAND ...` or `python -m vit_jax COMMAND ...`."""
+"""The command line: `vit-jax COMMAND ...`, `python -m vit_jax COMMAND ...`."""
 import ast
 import importlib
 import importlib.util

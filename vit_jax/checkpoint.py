@@ -94,7 +94,8 @@ class Manager:
       Whether a save was started.
     """
     step = int(state.step)
-    if int(state.first_nonfinite_step) >= 0 or step in self._manager.all_steps():
+    broken = int(state.first_nonfinite_step) >= 0
+    if broken or step in self._manager.all_steps():
       return False
     metrics = metrics if metrics and self._keep_best in metrics else None
     return self._manager.save(

@@ -38,7 +38,7 @@ def flatten(config, prefix=''):
 
 
 def differences(old, new):
-  """Lines 'path: old -> new' of two nested dicts: (what differs, how differs)."""
+  """Lines 'path: old -> new' of two nested dicts: (of what, of how)."""
   old, new = flatten(old), flatten(new)
   absent = '(absent)'
   what, how = [], []
@@ -47,9 +47,6 @@ def differences(old, new):
     if a != b:
       (how if is_how(path) else what).append(f'{path}: {a} -> {b}')
   return what, how
-
-
-# ---------------------------------------------------------------- read tracking
 
 
 class _Tracked(ConfigDict):
@@ -124,9 +121,6 @@ def check_all_read(config):
         f'Nothing reads the config key(s) {", ".join(paths)}.\n'
         'They would have no effect: remove them, or choose the component that '
         'they belong to (schedule.name, optimizer.name, ema.name, ...).')
-
-
-# --------------------------------------------------------------- flags -> config
 
 
 def parse_flags(argv, define):

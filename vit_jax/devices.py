@@ -15,13 +15,13 @@ def summary():
 
 
 def nvidia_gpus():
-  """Number of NVIDIA GPUs that the machine has, whether JAX sees them or not."""
+  """Number of NVIDIA GPUs in the machine, whether JAX sees them or not."""
   return len(glob.glob('/proc/driver/nvidia/gpus/*')) or len(
       glob.glob('/dev/nvidia[0-9]*'))
 
 
 def check():
-  """Raises ValueError where JAX would silently train on the CPU beside a GPU."""
+  """Raises ValueError where JAX would train on the CPU beside a GPU."""
   asked_for_cpu = 'cpu' in (os.environ.get('JAX_PLATFORMS') or '').split(',')
   if jax.default_backend() == 'cpu' and nvidia_gpus() and not asked_for_cpu:
     raise ValueError(

@@ -53,10 +53,10 @@ def to_steps(section, name, units, total_steps=None):
   """Resolves `name` of a config section to a whole number of steps.
 
   Args:
-    section: ConfigDict with exactly one of name_{steps,epochs,examples,percent}.
+    section: has exactly one of name_{steps, epochs, examples, percent}.
     name: the duration's name, such as 'warmup'.
     units: `Units` of the run.
-    total_steps: what percent refers to; None while the total itself is resolved.
+    total_steps: what percent refers to; None while that is resolved.
 
   Returns:
     int >= 0; a duration above 0 is at least one step.

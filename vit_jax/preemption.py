@@ -1,4 +1,5 @@
 """SIGTERM and the first Ctrl-C ask the run to save and stop."""
+import contextlib
 import signal
 
 
@@ -15,10 +16,9 @@ class Stop:
 
   def __enter__(self):
     for number in self.SIGNALS:
-      try:
+      # A ValueError: this is not the main thread (a notebook, a test).
+      with contextlib.suppress(ValueError):
         self._old[number] = signal.signal(number, self._handle)
-      except ValueError:  # not the main thread (a notebook, a test)
-        pass
     return self
 
   def __exit__(self, *_):

@@ -22,7 +22,8 @@ TUNED = {
 # The settings that the authors recommend for re-use (AdamW). Section 6.
 # The 72GF model's loss spiked at 36GF's decay, so it has less (Appendix C).
 SIMPLE = {'1GF': (1.0e-3, 0.24), '4GF': (1.0e-3, 0.24), '16GF': (1.0e-3, 0.24),
-          '18GF': (1.0e-3, 0.24), '36GF': (6.0e-4, 0.28), '72GF': (6.0e-4, 0.15)}
+          '18GF': (1.0e-3, 0.24), '36GF': (6.0e-4, 0.28),
+          '72GF': (6.0e-4, 0.15)}
 # pycls decays everything but norms and biases, so the class token and the
 # position embedding too; big_vision decays kernels only.
 DECAY_PAPER = (r'(.*/)?(kernel|cls|pos_embedding)',)

@@ -68,7 +68,7 @@ def abstract_batch(image_shape, batch_size, mesh):
 
 
 def of_state(abstract_state, mesh):
-  """A tree of shardings like `abstract_state`: replicated, for data parallel."""
+  """A tree of shardings like `abstract_state`: all replicated."""
   return jax.tree.map(lambda _: replicated(mesh), abstract_state)
 
 

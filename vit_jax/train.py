@@ -117,7 +117,8 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
   hypers = train_step.make_hypers(config.optimizer, config.seed, mesh)
   predict = train_step.make_predict(model, normalize)
   evals = evaluators.create(
-      config.evaluators, predict, data, mesh, config.eval.batch_size or batch_size)
+      config.evaluators, predict, data, mesh,
+      config.eval.batch_size or batch_size)
   init_fn, abstract_state = train_state.init(
       model, data.image_shape, make_tx, frozen, ema_alpha is not None, mesh)
 
@@ -127,8 +128,7 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
   manager = checkpoint.Manager(
       workdir, config.checkpoint.keep_last, config.checkpoint.keep_best)
   prefetch = config.prefetch
-  evaluators.check_metric(
-      config.checkpoint.keep_best, evals, with_ema=ema_alpha is not None)
+  evals.check_metric(config.checkpoint.keep_best, ema_alpha is not None)
   config_lib.check_all_read(config)
   state = manager.restore(abstract_state)
   if state is None and parent:
@@ -156,11 +156,11 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
 
   with preemption.Stop() as stop, batches, writer, manager:
     stream = itertools.repeat(next(batches)) if overfit_batch else batches
-    evals = {} if overfit_batch else evals
+    evals = evaluators.Suite({}) if overfit_batch else evals
     speed = pace.Pace()
     results = {}
-    if start and eval_due(start) and not writer.has(start, evals):
-      results = evaluators.run(evals, state, start, writer, stop)
+    if start and eval_due(start) and not writer.has(start, evals.names):
+      results = evals.run(state, start, writer, stop)
 
     for step in range(start + 1, total_steps + 1):
       state, metrics = step_fn(state, speed.next(stream), hypers)
@@ -173,16 +173,16 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
 
       with speed.pause():
         if eval_due(step):
-          results = evaluators.run(evals, state, step, writer, stop)
+          results = evals.run(state, step, writer, stop)
         if checkpoint_due(step) or stop.requested():
           manager.save(state, results if eval_due(step) else None)
       if stop.requested() and step < total_steps:
         raise Stopped(f'{stop.requested()}: step {step} is being saved')
 
   metric_writer.plot_curves(writer.rows, os.path.join(workdir, 'curves.png'))
-  evaluators.report_classes(evals, os.path.join(workdir, 'per_class.json'))
+  evals.write_classes(os.path.join(workdir, 'per_class.json'))
   say(f'wrote checkpoint, metrics.jsonl, curves.png to {workdir}')
-  return results or writer.last(evals)
+  return results or writer.last(evals.names)
 
 
 def check_expectations(config, data):

@@ -106,7 +106,12 @@ def init(model, image_shape, make_tx, frozen, with_ema, mesh):
   abstract = jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
       shapes, shardings)
-  jitted = jax.jit(init_fn, out_shardings=shardings)
+  # Each tensor's random draw is a kernel of its own; optimising them takes
+  # LLVM seconds for a program that runs once.
+  options = {'xla_backend_optimization_level': 0}
+  jitted = jax.jit(
+      init_fn, out_shardings=shardings,
+      compiler_options=options if jax.default_backend() == 'cpu' else None)
 
   def traced_init(key):
     with sharding.tracing(mesh):

@@ -93,7 +93,7 @@ def make(loss_fn, make_tx, schedule, ema_alpha):
 
 
 def make_predict(model, normalize):
-  """Returns `predict(variables, images uint8 [B, H, W, C]) -> logits [B, C]`."""
+  """Returns `predict(variables, images uint8 [B, H, W, C]) -> [B, C]`."""
   return lambda variables, images: model.apply(
       variables, normalize(images), train=False)
 

@@ -83,7 +83,7 @@ def plan(config, depth=2):
 
 
 def _data(config):
-  """Returns (num_train, num_classes, image_shape, where they come from)."""
+  """Returns (num_train, num_classes, image_shape, their origin)."""
   import input_pipeline
   try:
     data = input_pipeline.open_data(config.input, max(config.data_seed, 0))
@@ -98,7 +98,7 @@ def _data(config):
 
 
 def _table(cost, depth):
-  """Lines of a table of modules, summed to `depth` levels of their paths."""
+  """Lines of a table of modules, summed to `depth` levels of path."""
   sums = collections.OrderedDict()
   for row in cost.rows:
     path = '/'.join(row.path.split('/')[:depth])

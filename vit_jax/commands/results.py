@@ -1,4 +1,4 @@
-"""Final metrics of finished runs, grouped by config, mean and spread over seeds.
+"""Final metrics of finished runs by config, mean and spread over seeds.
 
   vit-jax results RUN_DIR [RUN_DIR ...] [--metric test_ema/top1]
 
@@ -46,11 +46,12 @@ def table(runs, metric=''):
     key = tuple(sorted((k, json.dumps(v)) for k, v in config.items()
                        if k not in SEEDS and not config_lib.is_how(k)))
     groups.setdefault(key, []).append(value)
-  differing = set.union(*map(set, groups)) - set.intersection(*map(set, groups))
+  sets = [set(key) for key in groups]
+  differing = set.union(*sets) - set.intersection(*sets)
   keys = {k for k, _ in differing}
   # Where components differ, their own settings differ with them: name those.
-  names = sorted(k for k in keys if k.split('.')[-1] in ('name', 'stem', 'size'))
-  names = names or sorted(keys)
+  kinds = ('name', 'stem', 'size')
+  names = sorted(k for k in keys if k.split('.')[-1] in kinds) or sorted(keys)
   lines = ['| ' + ' | '.join([*names, 'runs', 'mean', 'sd', 'min', 'max'])
            + ' |', '|' + '---|' * (len(names) + 5)]
   for key, values in groups.items():

@@ -12,7 +12,14 @@ EVALUATORS = {'classification': Classification}
 
 
 def create(config, predict, data, mesh, batch_size):
-  """Returns {name: evaluator} from a config section of {name: section}.
+  """Returns the `Suite` of a config section of {name: section}.
+
+  Args:
+    config: sections with `name`, a key of EVALUATORS, and what that one takes.
+    predict: see `train_step.make_predict`.
+    data: see `input_pipeline.open_data`.
+    mesh: see `sharding`.
+    batch_size: over all devices and processes.
 
   Raises:
     ValueError: unknown kind of evaluator, or a split that is not there.
@@ -23,63 +30,69 @@ def create(config, predict, data, mesh, batch_size):
     section = config[name]
     make = choices.pick(EVALUATORS, section['name'], 'evaluator')
     made[name] = make(section, predict, data, mesh, batch_size)
-  return made
+  return Suite(made)
 
 
-def run(evals, state, step, writer, stop):
-  """Runs all evaluators on the weights and their averages; writes one row.
+class Suite:
+  """Evaluators that run together, on the weights and on their averages.
 
-  Args:
-    evals: see `create`.
-    state: `TrainState`.
-    step: updates done.
-    writer: `MetricWriter`.
-    stop: `preemption.Stop`; a signal ends the evaluation without a row: the
-      resumed run does it again.
-
-  Returns:
-    {'<name>/top1': ..., '<name>_ema/top1': ...}.
+  Attributes:
+    names: of the evaluators.
+    by_class: {'<name>' or '<name>_ema': {class: {'top1', 'count'}}}, of the
+      last run; {} before the first.
   """
-  row = {}
-  for name, evaluator in evals.items():
-    weights = {name: state.variables()}
-    if state.ema:
-      weights[f'{name}_ema'] = state.ema_variables()
-    for label, variables in weights.items():
-      found = dict(evaluator.run(variables, stop.requested))
-      if stop.requested():
-        return {}
-      row |= {f'{label}/{key}': value for key, value in found.items()}
-      say(f'step {step} {label}: top-1 {found["top1"]:.2%}, top-5 '
-          f'{found["top5"]:.2%}, loss {found["loss"]:.4f}, evaluated '
-          f'{found["count"]}/{evaluator.num_examples}')
-  if row:
-    writer.write(step, row)
-  return row
 
+  def __init__(self, evaluators):
+    self._evaluators = evaluators
+    self.names = tuple(evaluators)
+    self.by_class = {}
 
-def check_metric(name, evals, with_ema):
-  """Raises ValueError unless `name` is '' or a metric where more is better."""
-  suffixes = ('', '_ema') if with_ema else ('',)
-  known = [f'{e}{s}/{k}' for e in evals for s in suffixes
-           for k in ('top1', 'top5')]
-  if name and name not in known:
-    raise ValueError(choices.unknown(name, known, 'checkpoint.keep_best'))
+  def run(self, state, step, writer, stop):
+    """Runs all on a `TrainState` and writes one row.
 
+    Args:
+      state: `TrainState`.
+      step: updates done.
+      writer: `MetricWriter`.
+      stop: `preemption.Stop`; a signal ends the evaluation without a row: the
+        resumed run does it again.
 
-def report_classes(evals, path):
-  """Writes and prints accuracy by class, of the last weights evaluated.
+    Returns:
+      {'<name>/top1': ..., '<name>_ema/top1': ...}.
+    """
+    row = {}
+    for name, evaluator in self._evaluators.items():
+      weights = {name: state.variables()}
+      if state.ema:
+        weights[f'{name}_ema'] = state.ema_variables()
+      for label, variables in weights.items():
+        found = dict(evaluator.run(variables, stop.requested))
+        if stop.requested():
+          return {}
+        row |= {f'{label}/{key}': value for key, value in found.items()}
+        self.by_class[label] = evaluator.by_class
+        say(f'step {step} {label}: top-1 {found["top1"]:.2%}, top-5 '
+            f'{found["top5"]:.2%}, loss {found["loss"]:.4f}, evaluated '
+            f'{found["count"]}/{evaluator.num_examples}')
+    if row:
+      writer.write(step, row)
+    return row
 
-  Args:
-    evals: see `create`.
-    path: of a JSON file {evaluator: {class: {'top1', 'count'}}}.
-  """
-  table = {name: e.by_class() for name, e in evals.items() if e.by_class()}
-  if jax.process_index() or not table:
-    return
-  with open(path, 'w') as f:
-    json.dump(table, f, indent=1, ensure_ascii=False)
-  for name, classes in table.items():
-    worst = sorted(classes.items(), key=lambda item: item[1]['top1'])[:10]
-    say(f'{name} by class, lowest first: ' + ', '.join(
-        f'{c} {v["top1"]:.1%} of {v["count"]}' for c, v in worst))
+  def check_metric(self, name, with_ema):
+    """Raises ValueError unless `name` is '' or one where more is better."""
+    suffixes = ('', '_ema') if with_ema else ('',)
+    known = [f'{e}{s}/{k}' for e in self.names for s in suffixes
+             for k in ('top1', 'top5')]
+    if name and name not in known:
+      raise ValueError(choices.unknown(name, known, 'checkpoint.keep_best'))
+
+  def write_classes(self, path):
+    """Writes accuracy by class to a JSON file, and prints the lowest."""
+    if jax.process_index() or not self.by_class:
+      return
+    with open(path, 'w') as f:
+      json.dump(self.by_class, f, indent=1, ensure_ascii=False)
+    for label, classes in self.by_class.items():
+      lowest = sorted(classes.items(), key=lambda item: item[1]['top1'])[:10]
+      say(f'{label} by class, lowest first: ' + ', '.join(
+          f'{c} {v["top1"]:.1%} of {v["count"]}' for c, v in lowest))

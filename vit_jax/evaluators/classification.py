@@ -9,7 +9,12 @@ from vit_jax import sharding
 
 
 class Classification:
-  """Evaluates a split with integer sums, so that the count can be checked."""
+  """Evaluates a split with integer sums, so that the count can be checked.
+
+  Attributes:
+    num_examples: of the split.
+    by_class: {class: {'top1', 'count'}} of the last run.
+  """
 
   def __init__(self, config, predict, data, mesh, batch_size):
     """Checks the split; compiles nothing yet.
@@ -31,8 +36,8 @@ class Classification:
           f'It has: {", ".join(data.evals)}; set evaluators.*.split to one.')
     self.num_examples = data.evals[split].num_examples
     self.class_names = data.class_names
+    self.by_class = {}
     self._mesh = mesh
-    self._sums = None
     self._batches = lambda: input_pipeline.eval_batches(
         data, split, global_batch_size=batch_size,
         process_index=jax.process_index(), process_count=jax.process_count())
@@ -65,19 +70,19 @@ class Classification:
     count = int(sums['class_count'].sum())
     if count != self.num_examples:
       raise RuntimeError(f'evaluated {count}/{self.num_examples} examples')
-    self._sums = sums
+    self.by_class = _by_class(sums, self.class_names)
     yield 'top1', float(sums['class_top1'].sum() / count)
     yield 'top5', float(sums['top5'] / count)
     yield 'loss', float(sums['loss'] / count)
     yield 'count', count
 
-  def by_class(self):
-    """{class: {'top1', 'count'}} of the last run; {} before the first."""
-    if self._sums is None:
-      return {}
-    right, counts = self._sums['class_top1'], self._sums['class_count']
-    return {name: {'top1': float(r / max(n, 1)), 'count': int(n)}
-            for name, r, n in zip(self.class_names, right, counts, strict=True)}
+
+def _by_class(sums, class_names):
+  """{class: {'top1', 'count'}}."""
+  columns = zip(class_names, sums['class_top1'], sums['class_count'],
+                strict=True)
+  return {name: {'top1': float(right / max(count, 1)), 'count': int(count)}
+          for name, right, count in columns}
 
 
 def _make_step(predict, num_classes):

@@ -1,0 +1,174 @@
+"""The op language, the laws of the draws, and that both drivers agree."""
+import io
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from input_pipeline import ops
+from input_pipeline import ops_numpy
+
+
+def _image(height, width, channels=3, seed=0):
+  """Smooth with some noise, as photographs are."""
+  rng = np.random.default_rng(seed)
+  y, x, c = np.ogrid[:height, :width, :channels]
+  waves = 128 + 60 * np.sin(x / 9 + c) + 50 * np.cos(y / 7 - c)
+  return np.clip(waves + rng.normal(0, 6, (height, width, channels)), 0,
+                 255).astype(np.uint8)
+
+
+def _file(image, kind, **kwargs):
+  file = io.BytesIO()
+  Image.fromarray(image.squeeze()).save(file, kind, **kwargs)
+  return file.getvalue()
+
+
+def test_parse():
+  parsed = ops.parse("decode|inception_crop(224, area_min=8)|flip_lr")
+  assert parsed == (
+      ops.Decode(), ops.InceptionCrop(224, area_min=8), ops.FlipLr())
+  assert ops.parse('') == ()
+  assert ops.parse('resize(3)') == ops.parse('resize(3, 3)')
+
+
+@pytest.mark.parametrize('text, match', [
+    ('decode|resise(3)', "Did you mean 'resize'"),
+    ('nothing_like_it', 'Choose from decode, resize'),
+    ('resize', r'resize\(height_size, width_size\)'),
+    ('inception_crop(1, 2, 3, 4)', r'inception_crop\(size, area_min=5'),
+    ('central_crop(2.5)', r'central_crop\(size\): size=2.5 must be an integer'),
+    ('central_crop(True)', 'must be an integer'),
+    ('central_crop(0)', 'at least 1'),
+    ('central_crop(10**9)', 'literals'),
+    ('central_crop(99999)', '16384'),
+    ('inception_crop(8, 50, 20)', 'area_min <= area_max'),
+    ("central_crop(__import__('os').getpid())", 'literals'),
+    ('flip_lr|decode', 'decode must come first'),
+    ('decode|', 'does not read as'),
+    ('decode + flip_lr', 'not an op'),
+    ('(' * 5000, 'does not read as'),
+    (7, 'must be a string'),
+])
+def test_parse_errors(text, match):
+  with pytest.raises(ValueError, match=match):
+    ops.parse(text)
+
+
+def test_crop_that_cannot_fit_is_found_without_an_image():
+  with pytest.raises(ValueError, match='does not fit'):
+    ops.out_size(ops.parse('central_crop(33)'), 32, 32)
+
+
+def test_flip_is_fair():
+  flip = ops.parse('flip_lr')
+  draws = ops.draw(flip, 0, 0, np.arange(4000))
+  flips = sum(ops.views(flip, 8, 8, d)[0].flip for d in draws)
+  assert abs(flips - 2000) < 4 * np.sqrt(1000)
+
+
+def test_pad_crop_reaches_every_place():
+  crop = ops.parse('pad_crop(8, 2)')
+  views = [ops.views(crop, 8, 8, d)[0]
+           for d in ops.draw(crop, 0, 0, np.arange(2000))]
+  places = {(v.top, v.left) for v in views}
+  assert places == {(y, x) for y in range(5) for x in range(5)}
+  out = ops_numpy.apply(np.ones((8, 8, 1), np.uint8), crop, [
+      ops.View(0, 4, 8, 8, 8, 8, 0)])
+  # The upper two rows and the right two columns are padding.
+  assert out.sum() == 36 and not out[:2].any() and not out[:, 6:].any()
+
+
+def test_inception_crop_gives_up_on_extreme_images():
+  crop = ops.parse('inception_crop(8, 90, 100)')
+  view, = ops.views(crop, 10, 1000, ops.draw(crop, 0, 0, [0])[0])
+  assert view[:4] == (0, 0, 10, 1000)
+
+
+def test_draws_differ_by_epoch_and_example_only():
+  line = ops.parse('decode|inception_crop(8)|flip_lr')
+  a = ops.draw(line, 0, 0, np.arange(4))
+  assert len({tuple(r) for r in (*a, *ops.draw(line, 0, 1, np.arange(4)))}) == 8
+  np.testing.assert_array_equal(a[2:], ops.draw(line, 0, 0, np.arange(2, 4)))
+
+
+def test_resize_small_rounds_sides():
+  # 333 * 256 / 250 = 340.99
+  assert ops.out_size(ops.parse('resize_small(256)'), 250, 333) == (256, 341)
+
+
+def test_sixteen_bit_and_grey_and_alpha():
+  deep = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+  np.testing.assert_array_equal(
+      ops_numpy.decode(_file(deep, 'PNG'), 1)[..., 0], deep >> 8)
+  grey = _image(9, 7, 1)
+  out = ops_numpy.decode(_file(grey, 'PNG'), 3)
+  np.testing.assert_array_equal(out, np.repeat(grey, 3, -1))
+  np.testing.assert_array_equal(ops_numpy.to_channels(out, 1), grey)
+  assert ops_numpy.decode(_file(_image(9, 7, 4), 'PNG'), 3).shape == (9, 7, 3)
+
+
+def test_inception_crop_follows_the_law_of_tensorflow():
+  tf = pytest.importorskip('tensorflow')
+  height, width, n = 60, 90, 3000
+  crop = ops.parse('inception_crop(8)')
+  ours = np.array([ops.views(crop, height, width, d)[0][:4]
+                   for d in ops.draw(crop, 0, 0, np.arange(n))])
+
+  def box(i):
+    begin, size, _ = tf.image.stateless_sample_distorted_bounding_box(
+        [height, width, 3], tf.zeros([0, 0, 4]), seed=[i, 1],
+        area_range=(.05, 1.), aspect_ratio_range=(.75, 1.33),
+        min_object_covered=0., use_image_if_no_bounding_boxes=True)
+    return tf.concat([begin[:2], size[:2]], 0)
+  theirs = np.stack(list(
+      tf.data.Dataset.range(n).map(box).as_numpy_iterator()))
+  for column in range(4):  # two-sample Kolmogorov-Smirnov, p = 0.001
+    a, b = np.sort(ours[:, column]), np.sort(theirs[:, column])
+    grid = np.arange(max(height, width) + 1)
+    gap = np.abs(np.searchsorted(a, grid, 'right')
+                 - np.searchsorted(b, grid, 'right')).max() / n
+    assert gap < 1.95 * np.sqrt(2 / n), column
+  area = np.prod(ours[:, 2:], axis=1) / (height * width)
+  assert area.min() >= .05 and area.max() <= 1
+
+
+@pytest.mark.parametrize('kind, image, channels', [
+    ('JPEG', _image(50, 70), 3),
+    ('JPEG', _image(51, 69), 1),
+    ('JPEG', _image(50, 70, 1), 3),
+    ('JPEG', _image(50, 70, 4), 3),  # CMYK
+    ('PNG', _image(50, 70), 3),
+    ('PNG', _image(50, 70, 4), 1),  # alpha
+    ('GIF', _image(50, 70), 3),
+    ('BMP', _image(50, 70), 3),
+    ('WEBP', _image(50, 70), 3),
+])
+@pytest.mark.parametrize('line, mean, most', [
+    ('decode|inception_crop(32)|flip_lr', .25, 1),
+    ('decode|central_crop(32)|pad_crop(32, 4)|flip_lr', 0, 0),
+    ('decode|resize_small(40)|central_crop(32)', .25, 1),
+    ('decode|resize(90, 24)', .25, 1),
+])
+def test_both_drivers_agree(kind, image, channels, line, mean, most):
+  tf = pytest.importorskip('tensorflow')
+  from input_pipeline import ops_tf
+  if kind == 'JPEG' and image.shape[-1] == 4:
+    file = io.BytesIO()
+    Image.fromarray(image, 'CMYK').save(file, kind)
+    content = file.getvalue()
+    mean, most = 1, 2  # the conversion from CMYK rounds differently
+  else:
+    content = _file(image, kind)
+  parsed = ops.parse(line)
+  header = ops_numpy.open_image(content)
+  width, height = header.size
+  for draws in ops.draw(parsed, 0, 0, np.arange(2)):
+    views = ops.views(parsed, height, width, draws)
+    ours = ops_numpy.apply(ops_numpy.decode(content, channels), parsed, views)
+    theirs = ops_tf.load(
+        content, tf.constant(ops_tf.kind_of(header)), [height, width],
+        np.array(views, np.int32), parsed, channels).numpy()
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    difference = np.abs(ours.astype(int) - theirs)
+    assert difference.mean() <= mean and difference.max() <= most
