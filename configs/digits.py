@@ -3,7 +3,7 @@
   python vit_jax/train.py --config configs/digits.py --workdir runs/digits
 
 About half a minute on 2 CPU cores. Arguments, after a colon and separated by
-commas: stem=conv|patchify|..., optimizer=adamw|sgd, epochs=60, seed=0, lr=0
+commas: stem=conv|patchify|..., optimizer=adamw|sgd, epochs=40, seed=0, lr=0
 and wd=-1 (0 and -1: the config's own).
 """
 from vit_jax import recipes
@@ -15,7 +15,7 @@ OPTIMIZERS = {'adamw': (recipes.adamw, 2e-3, 0.1),
 
 def get_config(args=None):
   args = recipes.parse_args(
-      args, stem='conv', optimizer=tuple(OPTIMIZERS), epochs=60.0, seed=0,
+      args, stem='conv', optimizer=tuple(OPTIMIZERS), epochs=40.0, seed=0,
       lr=0.0, wd=-1.0)
   c = recipes.base()
   c.seed = args.seed

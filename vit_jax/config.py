@@ -213,7 +213,8 @@ def _load(spec):
     return internals.ConfigFileFlagParser('config').parse(spec)
   except (TypeError, ValueError) as e:
     # The text holds the whole traceback of what get_config raised.
-    message = re.split(r'^(?:Value|Type)Error: ', str(e), flags=re.M)[-1].strip()
+    message = re.split(r'^(?:Value|Type)Error: ', str(e), flags=re.M)[-1]
+    message = message.strip()
     if '\n' not in message:
       message += '\nThe docstring of the file lists its arguments.'
     raise ValueError(f'{path}: {message}') from None

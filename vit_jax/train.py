@@ -138,9 +138,10 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
   start = int(state.step)
   workdir_lib.record(workdir, resolved)
   writer = metric_writer.MetricWriter(workdir, start, total_steps)
+  say(devices.summary())
   say(f'{workdir}: {param_paths.size(trained):,} trained parameters, '
-      f'{units.num_examples:,} examples, {total_steps:,} steps of {batch_size}, '
-      f'{units.describe(total_steps)}; starting after step {start}')
+      f'{units.num_examples:,} training examples, {total_steps:,} steps of '
+      f'{batch_size} ({units.describe(total_steps)}), starting after {start}')
   say(optimizer.describe(config.optimizer))
 
   step_fn = compile_step(

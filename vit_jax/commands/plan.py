@@ -73,8 +73,8 @@ def plan(config, depth=2):
       f'({source})',
       f'length        {steps:,} steps of {config.global_batch_size:,}, '
       f'{units.describe(steps)}',
-      f'training      {3 * 2 * cost.macs * steps * config.global_batch_size:.3g}'
-      ' FLOP (forward and twice for backward, 2 per multiply-add)',
+      f'training      {6 * cost.macs * steps * config.global_batch_size:.3g} FLOP '
+      '(2 a multiply-add; forward once, backward twice)',
   ]
   if any(cropped):
     lines.append(f'warning       {cropped[0]} rows and {cropped[1]} columns of '
