@@ -8,7 +8,7 @@ and wd=-1 (0 and -1: the config's own).
 """
 from vit_jax import recipes
 
-# lr, weight decay; centres of a small search on the training set.
+# Optimizer: its section, lr, weight decay.
 OPTIMIZERS = {'adamw': (recipes.adamw, 2e-3, 0.1),
               'sgd': (recipes.sgd, 0.05, 1e-4)}
 
