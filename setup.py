@@ -22,6 +22,7 @@ CORE = [
     'pillow>=11,<14',
     'matplotlib>=3.9,<4',
     'rich>=13,<16',
+    'packaging>=24',
 ]
 # What the tf.data pipeline needs (folders of images, TFDS).
 # tensorflow-datasets does not depend on tensorflow: name both.

@@ -18,10 +18,11 @@ from input_pipeline import to_device
 from input_pipeline.pipeline import class_counts
 from input_pipeline.pipeline import Data
 from input_pipeline.pipeline import eval_batches
+from input_pipeline.pipeline import image_shape
 from input_pipeline.pipeline import open_data
 from input_pipeline.pipeline import train_batches
 
 __all__ = [
-    'Data', 'class_counts', 'eval_batches', 'open_data', 'to_device',
-    'train_batches',
+    'Data', 'class_counts', 'eval_batches', 'image_shape', 'open_data',
+    'to_device', 'train_batches',
 ]

@@ -17,6 +17,7 @@ import os
 
 from absl import logging
 
+from input_pipeline import messages
 from input_pipeline import sources
 
 _SUFFIXES = ('.jpg', '.jpeg', '.png', '.gif', '.bmp', '.webp')
@@ -67,25 +68,26 @@ def open_splits(path, holdout, classes):
   """
   if not path or not os.path.isdir(path):
     raise FileNotFoundError(
-        f"input.path={path!r} is no folder. input.source='folder' needs one. "
+        f"input.path={path!r} is no folder, but input.source='folder'.\n"
         + _LAYOUTS)
   has_csv = os.path.isfile(os.path.join(path, 'labels.csv'))
   found = {n for n in _subfolders(path) if n in _PARTS}
   if has_csv and found:
     raise ValueError(
-        f'{path} holds labels.csv and {sorted(found)}: two layouts. Remove '
-        'or rename one.')
+        f'{path} holds labels.csv and {sorted(found)}: two layouts.\n'
+        'Remove or rename one.')
   if has_csv:
     parts = _from_csv(path)
   elif found:
     if len({_PARTS[n] for n in found}) < len(found):
-      raise ValueError(f"{path} holds both 'val' and 'validation'. Keep one.")
+      raise ValueError(
+          f"{path} holds both 'val' and 'validation'.\nKeep one.")
     parts = {_PARTS[n]: _from_folders(path, n) for n in sorted(found)}
   else:
     parts = {'train': _from_folders(path, '')}
   if not parts.get('train'):
     raise ValueError(
-        f'{path} has {sorted(parts)} but no images to train on. ' + _LAYOUTS)
+        f'{path} has {sorted(parts)} but no images to train on.\n' + _LAYOUTS)
 
   names = _class_names(path, parts, classes)
   label = {name: i for i, name in enumerate(names)}
@@ -110,19 +112,19 @@ def _class_names(path, parts, classes):
       raise ValueError(
           f'{path}: {part} has classes {_some(here - set(names))} that '
           + ('input.classes does not list.' if classes else 'train has not.')
-          + ' Labels would be wrong: rename or remove them.')
+          + '\nTheir labels would be wrong: rename or remove them.')
     missing = set(names) - here
     if missing and classes:
       logging.warning('%s: no %s images of %s.', path, part, _some(missing))
     elif missing:
       raise ValueError(
-          f'{path}: train has classes {_some(missing)} that {part} has not. '
+          f'{path}: train has classes {_some(missing)} that {part} has not.\n'
           'If that is meant, list all classes in order in a JSON file and '
           'name it in input.classes.')
   if len(names) < 2:
     raise ValueError(
         f'{path} holds a single class, {names[0]!r}; there is nothing to '
-        'tell apart. ' + _LAYOUTS)
+        'tell apart.\n' + _LAYOUTS)
   if not classes and all(n.isdigit() for n in names):
     logging.warning(
         "%s: all class names are integers, sorted as text ('10' before '2'). "
@@ -147,7 +149,7 @@ def _from_folders(root, part):
     if len(rows) == before:
       raise ValueError(
           f'{os.path.join(top, name)} holds no images, so class {name!r} would '
-          'be empty. Remove the folder, or put its images directly into it.')
+          'be empty.\nRemove the folder, or put its images directly into it.')
   if ignored:
     logging.info('%s: ignored %d files that are hidden or no images, such as '
                  '%s.', top, len(ignored), ignored[0])
@@ -155,7 +157,7 @@ def _from_folders(root, part):
     logging.warning('%s: ignored %d folders inside of class folders, such as '
                     '%s.', top, len(nested), nested[0])
   if not rows:
-    raise ValueError(f'{top} holds no folder with images. ' + _LAYOUTS)
+    raise ValueError(f'{top} holds no folder with images.\n' + _LAYOUTS)
   return rows
 
 
@@ -166,30 +168,34 @@ def _from_csv(root):
   # utf-8-sig: spreadsheets write a byte order mark.
   with open(file, encoding='utf-8-sig', newline='') as f:
     reader = csv.DictReader(f)
-    columns = reader.fieldnames or []
-    if not {'path', 'label'} <= set(columns):
-      raise ValueError(
-          f'{file} must begin with a header line that names the columns path '
-          f'and label (and split, if wanted); it names {columns}.')
     try:
+      columns = reader.fieldnames or []
+      if not {'path', 'label'} <= set(columns):
+        raise ValueError(
+            f'{file} has no header line with path and label, but {columns}.\n'
+            'Begin it with the line path,label or path,label,split.')
       for row in reader:
         where = f'{file} line {reader.line_num}'
         path, name = row['path'] or '', row['label'] or ''
         if not path or not name:
-          raise ValueError(f'{where} has no path or no label.')
+          raise ValueError(f'{where} has no path or no label.\n'
+                           'Fill in both, or remove the line.')
         split = row['split'] or '' if 'split' in columns else 'train'
         if split not in _PARTS:
-          raise ValueError(f'{where}: split {split!r} is unknown. Choose from '
-                           f'{sorted(_PARTS)}.')
+          raise ValueError(f'{where}: split {split!r} is unknown.\n'
+                           + messages.choices(split, _PARTS))
         _check_inside(root, path, where)
         path = os.path.normpath(path)
         if path in seen:
           raise ValueError(
-              f'{where}: {path!r} was named before, in line {seen[path]}.')
+              f'{where}: {path!r} was named before, in line {seen[path]}.\n'
+              'Remove one of the two lines.')
         seen[path] = reader.line_num
         parts[_PARTS[split]].append((path, name))
     except (csv.Error, UnicodeDecodeError) as e:
-      raise ValueError(f'{file} is not a CSV file in UTF-8 ({e}).') from None
+      raise ValueError(
+          f'{file} is not a CSV file in UTF-8 ({messages.one_line(e)}).\n'
+          'Save it again as comma-separated text in UTF-8.') from None
   return dict(parts)
 
 
@@ -203,10 +209,11 @@ def _check_inside(root, path, where):
               os.path.join(os.path.realpath(root), '')))
   if not inside:
     raise ValueError(
-        f'{where}: {path!r} leads out of {root}. Use paths relative to it, '
-        'without .. and links to the outside.')
+        f'{where}: {path!r} leads out of {root}.\n'
+        'Use paths relative to it, without .. and links to the outside.')
   if not os.path.isfile(full):
-    raise ValueError(f'{where}: there is no file {full}.')
+    raise ValueError(f'{where}: there is no file {full}.\n'
+                     'Correct the path, or remove the line.')
 
 
 def _subfolders(path):

@@ -7,13 +7,13 @@ out the same views, so both cut the same box.
 """
 import ast
 import dataclasses
-import difflib
 import inspect
 import math
 from typing import NamedTuple
 
 import numpy as np
 
+from input_pipeline import messages
 from input_pipeline import order
 
 _ATTEMPTS = 100
@@ -235,8 +235,8 @@ OPS = {
 def _check_fits(size, height, width):
   if size > min(height, width):
     raise ValueError(
-        f'a crop of {size} does not fit into an image of {height} x {width}; '
-        'resize first')
+        f'a crop of {size} does not fit into an image of {height} x {width}.\n'
+        'Crop less, or resize or pad first.')
 
 
 def parse(text, key='pp'):
@@ -251,11 +251,12 @@ def parse(text, key='pp'):
       elsewhere than first.
   """
   if not isinstance(text, str):
-    raise ValueError(f'input.{key} must be a string, got {text!r}.')
+    raise ValueError(f'input.{key}={text!r} is not a string.\n'
+                     "Write ops as one line, such as 'decode|resize(224)'.")
   if not text.strip():
     return ()
   try:
-    node = ast.parse(text.strip(), mode='eval').body
+    node = _expression(text)
     calls = []
     while isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
       calls.insert(0, node.right)
@@ -264,13 +265,22 @@ def parse(text, key='pp'):
     ops = tuple(_parse_call(c) for c in calls)
   except (SyntaxError, RecursionError, MemoryError) as e:
     raise ValueError(
-        f'input.{key}={text!r} does not read as op|op(arguments)|... ({e}).'
+        f'input.{key}={text!r} cannot be parsed ({messages.one_line(e)}).\n'
+        "Write op|op(arguments)|..., such as 'decode|resize(224)|flip_lr'."
     ) from None
   except ValueError as e:
     raise ValueError(f'input.{key}={text!r}: {e}') from None
   if any(isinstance(op, Decode) for op in ops[1:]):
-    raise ValueError(f'input.{key}={text!r}: decode must come first.')
+    raise ValueError(f'input.{key}={text!r}: decode does not come first.\n'
+                     'Put it at the beginning, once.')
   return ops
+
+
+def _expression(text):
+  try:
+    return ast.parse(text.strip(), mode='eval').body
+  except ValueError as e:  # NUL (Python 3.11) or half a surrogate pair
+    raise SyntaxError(str(e)) from None
 
 
 def _parse_call(node):
@@ -282,19 +292,24 @@ def _parse_call(node):
       node = node.func
   except (ValueError, TypeError):
     raise ValueError(
-        f'arguments must be literals, got {ast.unparse(node)}.') from None
+        f'the arguments of {_code(node)} are not all literals.\n'
+        'Write numbers; nothing is evaluated.') from None
   if not isinstance(node, ast.Name):
-    raise ValueError(f'{ast.unparse(node)} is not an op.')
+    raise ValueError(f'{_code(node)} is not an op.\n'
+                     + messages.choices(_code(node), OPS))
   if node.id not in OPS:
-    close = difflib.get_close_matches(node.id, OPS, n=1)
-    hint = f' Did you mean {close[0]!r}?' if close else ''
     raise ValueError(
-        f'unknown op {node.id!r}.{hint} Choose from {", ".join(OPS)}.')
+        f'unknown op {node.id!r}.\n' + messages.choices(node.id, OPS))
   try:
     return OPS[node.id](*args, **kwargs)
   except TypeError as e:
     raise ValueError(
-        f'{signature(node.id)}: {str(e).split("__init__() ")[-1]}.') from None
+        f'{node.id}: {messages.one_line(e).split("__init__() ")[-1]}.\n'
+        f'Write it as {signature(node.id)}.') from None
+
+
+def _code(node):
+  return messages.one_line(ast.unparse(node))
 
 
 def signature(name):

@@ -8,6 +8,7 @@ import io
 
 import numpy as np
 from PIL import Image
+from PIL import UnidentifiedImageError
 
 # Only these decoders run on files that came from elsewhere.
 FORMATS = ('JPEG', 'PNG', 'GIF', 'BMP', 'WEBP')
@@ -20,7 +21,11 @@ def open_image(content):
     OSError: not an image of one of FORMATS, or broken. Pillow raises others,
       too (SyntaxError, ValueError, struct.error) on crafted files.
   """
-  return Image.open(io.BytesIO(content), formats=FORMATS)
+  try:
+    return Image.open(io.BytesIO(content), formats=FORMATS)
+  except UnidentifiedImageError:  # its text is the address of a BytesIO
+    raise OSError(
+        f'it is damaged, or none of {", ".join(FORMATS)}') from None
 
 
 def decode(content, channels):

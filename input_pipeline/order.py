@@ -17,6 +17,8 @@ import math
 
 import numpy as np
 
+from input_pipeline import messages
+
 # Rounds with independent keys. The statistics in tests/test_order.py were
 # clean with four, too, for the seed tried; eight leave a margin.
 _ROUNDS = 8
@@ -24,6 +26,7 @@ _ROUNDS = 8
 # would see only few orders. Walking out of the larger range costs nothing that
 # matters at such sizes.
 _MIN_SIDE = 8
+EPOCHS = ('exact', 'floor')
 _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, SplitMix64's increment
 # Hashes for different uses start differently, so they never coincide.
 _FOR_ORDER, _FOR_DRAWS = 0x6F72646572, 0x6472617773
@@ -58,7 +61,8 @@ def check_seed(data_seed):
   if (not isinstance(data_seed, (int, np.integer))
       or isinstance(data_seed, bool) or not 0 <= data_seed < 2**63):
     raise ValueError(
-        f'data_seed must be an integer in [0, 2**63), got {data_seed!r}.')
+        f'data_seed={data_seed!r} is no integer in [0, 2**63).\n'
+        'Take a small whole number, such as 0.')
   return int(data_seed)
 
 
@@ -80,7 +84,8 @@ def permuted(data_seed, epoch, position, num_examples):
   epoch, position = np.broadcast_arrays(
       np.asarray(epoch, np.int64), np.asarray(position, np.int64))
   if position.size and (position.min() < 0 or position.max() >= num_examples):
-    raise ValueError(f'positions must lie in [0, {num_examples}).')
+    raise ValueError(f'A position is not in [0, {num_examples}).\n'
+                     'Take those of batch_positions.')
   width = max(math.isqrt(num_examples - 1) + 1, _MIN_SIDE)
   height = max(-(-num_examples // width), _MIN_SIDE)
   width, height, end = map(np.uint64, (width, height, num_examples))
@@ -148,11 +153,13 @@ def batch_positions(step, *, num_examples, global_batch_size, epoch='exact',
       examples, or N < B with epoch='floor'.
   """
   if num_examples < 1:
-    raise ValueError('There are no examples to train on.')
+    raise ValueError('There are no examples to train on.\n'
+                     'Point input.path to data that holds some.')
   if global_batch_size < 1 or global_batch_size % process_count:
     raise ValueError(
         f'global_batch_size={global_batch_size} does not divide over '
-        f'{process_count} processes. Make it a multiple of {process_count}.')
+        f'{process_count} processes.\n'
+        f'Make it a positive multiple of {process_count}.')
   if epoch == 'exact':
     examples_per_epoch = num_examples
   elif epoch == 'floor':
@@ -160,11 +167,12 @@ def batch_positions(step, *, num_examples, global_batch_size, epoch='exact',
     if not examples_per_epoch:
       raise ValueError(
           f"input.epoch='floor' drops partial batches, but {num_examples} "
-          f'examples do not fill one batch of {global_batch_size}. Use a '
-          "smaller global_batch_size or input.epoch='exact'.")
+          f'examples do not fill one batch of {global_batch_size}.\n'
+          "Use a smaller global_batch_size or input.epoch='exact'.")
   else:
     raise ValueError(
-        f"input.epoch={epoch!r} is unknown. Choose 'exact' or 'floor'.")
+        f'input.epoch={epoch!r} is unknown.\n'
+        + messages.choices(epoch, EPOCHS))
   rows = global_batch_size // process_count
   first = int(step) * int(global_batch_size) + process_index * rows
   return np.divmod(np.arange(first, first + rows, dtype=np.int64),

@@ -12,11 +12,13 @@ import os
 from absl import logging
 import numpy as np
 
+from input_pipeline import messages
 from input_pipeline import ops as ops_
 from input_pipeline import ops_numpy
 from input_pipeline import order
 from input_pipeline import sources
 
+_CHANNELS = (1, 3)
 # What Pillow raises on broken or hostile files, apart from OSError.
 READ_ERRORS = (
     OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError,
@@ -78,58 +80,85 @@ def open_data(config_input, data_seed, splits=None):
   eval_ops = ops_.parse(config_input['eval_pp'], 'eval_pp')
   order.check_seed(data_seed)
   _check_choice('source', name, tuple(sources.SOURCES))
-  _check_choice('epoch', epoch, ('exact', 'floor'))
-  _check_choice('channels', channels, (1, 3))
+  _check_choice('epoch', epoch, order.EPOCHS)
+  _check_choice('channels', channels, _CHANNELS)
   if not isinstance(holdout, (int, float)) or not 0 < holdout < 1:
     raise ValueError(
-        f'input.holdout={holdout!r} must be a fraction between 0 and 1.')
-  random_ops = [type(op).__name__ for op in eval_ops if op.draws]
+        f'input.holdout={holdout!r} is not between 0 and 1.\n'
+        'Take the fraction of the examples to evaluate on, such as 0.1.')
+  random_ops = [name for name, op in ops_.OPS.items()
+                if op.draws and op in map(type, eval_ops)]
   if random_ops:
     raise ValueError(
-        f'input.eval_pp contains {random_ops}, which are random. Evaluation '
-        'is not: use resize_small and central_crop.')
+        f'input.eval_pp contains {", ".join(random_ops)}: random.\n'
+        'Evaluation is not: use resize_small and central_crop.')
 
   class_names = sources.read_classes(path=classes) if classes else ()
   if splits is None:
     splits = sources.SOURCES[name](path, holdout, class_names)
   for split, source in {'train': splits.train, **splits.evals}.items():
     if not source.num_examples:
-      raise ValueError(f'{name}: {split} has no examples.')
+      raise ValueError(f'{name}: {split} has no examples.\n'
+                       'Add some, or remove that part.')
   shapes = [
-      {_image_shape(key, ops, s, channels) for s in part}
+      {_shape(key, ops, s, channels) for s in part}
       for key, ops, part in (
           ('pp', train_ops, [splits.train]),
           ('eval_pp', eval_ops, splits.evals.values() or [splits.train]))]
   if len(shapes[1]) > 1:
     raise ValueError(
-        f'input.eval_pp gives images of shapes {sorted(shapes[1])}. Make them '
-        'one size with resize or a crop.')
+        f'input.eval_pp gives images of shapes {sorted(shapes[1])}.\n'
+        'Make them one size with resize or a crop.')
   return Data(splits.train, splits.evals, splits.train.class_names, train_ops,
               eval_ops, shapes[0].pop(), shapes[1].pop())
 
 
+def image_shape(config_input):
+  """The shape of training images, without opening any data.
+
+  Args:
+    config_input: as in `open_data`; only pp and channels are read.
+
+  Returns:
+    (H, W, C), equal to `Data.image_shape` of the data once it is opened.
+
+  Raises:
+    ValueError: the ops are wrong or do not fix a size. They need not do so
+      where the source does (digits, arrays of pixels): that takes `open_data`.
+  """
+  ops, channels = ops_.parse(config_input['pp'], 'pp'), config_input['channels']
+  _check_choice('channels', channels, _CHANNELS)
+  return (*_size('pp', ops, None, None), channels)
+
+
 def _check_choice(key, value, choices):
   if value not in choices:
-    raise ValueError(
-        f'input.{key}={value!r} is unknown. Choose from '
-        f'{", ".join(map(repr, choices))}.')
+    raise ValueError(f'input.{key}={value!r} is unknown.\n'
+                     + messages.choices(value, choices))
 
 
-def _image_shape(key, ops, source, channels):
+def _shape(key, ops, source, channels):
+  """(H, W, C) of a source's images after the ops."""
   if source.encoded and not (ops and isinstance(ops[0], ops_.Decode)):
     raise ValueError(
-        f"input.{key} must begin with 'decode': the source holds image files.")
+        f"input.{key} does not begin with 'decode', but the source holds image "
+        "files.\nPut it first, as in 'decode|resize(224)'.")
   height, width = (None, None) if source.encoded else source.image_shape[:2]
+  return (*_size(key, ops, height, width), channels)
+
+
+def _size(key, ops, height, width):
+  """(H, W) after the ops; None stands for a size that varies."""
   try:
     size = ops_.out_size(ops, height, width)
   except ValueError as e:
-    raise ValueError(f'input.{key}: {e}.') from None
+    raise ValueError(f'input.{key}: {e}') from None
   if None in size:
     raise ValueError(
-        f'input.{key} leaves images of different sizes. End it with '
-        "'resize(H, W)' or with a crop, such as "
+        f'input.{key} does not bring images to one size.\n'
+        "End it with 'resize(H, W)' or with a crop, such as "
         "'decode|resize_small(256)|central_crop(224)'.")
-  return (*size, channels)
+  return size
 
 
 def train_batches(data, *, global_batch_size, data_seed, start_step=0,
@@ -187,14 +216,18 @@ def eval_batches(data, split, *, global_batch_size, process_index=0,
     ValueError: an unknown split, one without examples, or a batch size that
       does not divide (at the call); an image that cannot be read.
   """
-  _check_choice('eval split', split, tuple(data.evals))
+  if split not in data.evals:
+    raise ValueError(f'The data has no part {split!r} to evaluate.\n'
+                     + messages.choices(split, data.evals))
   source = data.evals[split]
   if not source.num_examples:
-    raise ValueError(f'{split} has no examples to evaluate.')
+    raise ValueError(f'{split} has no examples to evaluate.\n'
+                     'Add some, or evaluate another part.')
   if global_batch_size < 1 or global_batch_size % process_count:
     raise ValueError(
         f'The evaluation batch of {global_batch_size} does not divide over '
-        f'{process_count} processes. Make it a multiple of {process_count}.')
+        f'{process_count} processes.\n'
+        f'Make it a positive multiple of {process_count}.')
   size = global_batch_size // process_count
 
   def rows(batch):
@@ -293,8 +326,9 @@ def decode_example(source, index, ops, draws, channels):
 def unreadable(source, index, error):
   """The ValueError for an example that cannot be read."""
   return ValueError(
-      f'{source.describe(index)} cannot be read: {error}. Repair or remove '
-      'the image.')
+      f'{source.describe(index)} cannot be read: {messages.one_line(error)}.\n'
+      'Repair or remove the image; if it is too small, resize before the crop.'
+  )
 
 
 def class_counts(data):

@@ -31,6 +31,8 @@ def images(source, ops, shape, data_seed, rows, start, count):
         try:
           _load(source, ops, shape, i, d)
         except (tf.errors.OpError, *pipeline.READ_ERRORS) as cause:
+          # If Pillow fails, too, its words are plainer.
+          pipeline.decode_example(source, i, ops, d, shape[-1])
           raise pipeline.unreadable(
               source, i, getattr(cause, 'message', cause)) from cause
       raise RuntimeError(

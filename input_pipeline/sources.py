@@ -16,6 +16,8 @@ from absl import logging
 import numpy as np
 from PIL import Image
 
+from input_pipeline import messages
+
 
 class Source:
   """Labelled images, by index.
@@ -156,7 +158,8 @@ def hold_out(source, names, count):
   if not held.any():
     raise ValueError(
         f'Holding out {count} of {source.num_examples} examples leaves none '
-        'to evaluate. Raise input.holdout or add an evaluation part.')
+        'to evaluate.\n'
+        'Raise input.holdout, or add examples or an evaluation part.')
   return (Subset(source, np.flatnonzero(~held)),
           Subset(source, np.flatnonzero(held)))
 
@@ -182,16 +185,19 @@ def read_classes(path):
       names = json.load(f)
   except FileNotFoundError:
     raise FileNotFoundError(
-        f'input.classes={path!r} does not exist. Name a JSON file with the '
-        'list of class names, or leave it empty.') from None
-  except (ValueError, RecursionError) as e:
-    raise ValueError(f'{path} is not JSON ({e}).') from None
+        f'input.classes={path!r} does not exist.\n'
+        'Name a JSON file with the list of class names, or leave it empty.'
+    ) from None
+  except (ValueError, OSError, RecursionError) as e:
+    raise ValueError(
+        f'input.classes={path!r} is not JSON ({messages.one_line(e)}).\n'
+        'Write a list of class names, such as ["cat", "dog"].') from None
   if (not isinstance(names, list) or len(names) < 2
       or not all(isinstance(n, str) and n for n in names)
       or len(set(names)) < len(names)):
     raise ValueError(
-        f'{path} must hold a list of at least two distinct class names, such '
-        'as ["cat", "dog"].')
+        f'input.classes={path!r} is no list of two or more distinct names.\n'
+        'Write the class names in order, such as ["cat", "dog"].')
   return tuple(names)
 
 
@@ -203,8 +209,8 @@ def digits(path, holdout, classes):
   del holdout
   if path:
     raise ValueError(
-        f"input.source='digits' reads no file, but input.path={path!r}. Leave "
-        "it empty, or choose input.source='arrays' or 'folder'.")
+        f"input.source='digits' reads no file, but input.path={path!r}.\n"
+        "Leave it empty, or choose input.source='arrays' or 'folder'.")
   # Imported here because it costs a second that other sources need not pay.
   from sklearn.datasets import load_digits
   images, labels = load_digits(return_X_y=True)
@@ -227,11 +233,13 @@ def arrays(path, holdout, classes):
   """
   if not os.path.isfile(path):
     raise FileNotFoundError(
-        f'input.path={path!r} is no file. input.source=\'arrays\' reads one '
-        '.npz file with train_images and train_labels.')
+        f"input.path={path!r} is no file, but input.source='arrays'.\n"
+        'Name one .npz file with train_images and train_labels.')
   key = None
   try:
     # allow_pickle=False: a data file must not be able to run code.
+    if not zipfile.is_zipfile(path):  # NumPy would advise to unpickle it
+      raise ValueError('it is no complete .npz file')
     with np.load(path, allow_pickle=False) as file:
       if not isinstance(file, np.lib.npyio.NpzFile):
         raise ValueError('it holds a single array, not named ones')
@@ -243,8 +251,9 @@ def arrays(path, holdout, classes):
           zlib.error, NotImplementedError) as e:
     where = f'key {key!r} of {path}' if key else path
     raise ValueError(
-        f'{where} cannot be read ({e}). The file is truncated or was not '
-        'written by np.savez: write it again.') from e
+        f'{where} cannot be read ({messages.one_line(e)}).\n'
+        'The file is damaged or was not written by np.savez: write it again.'
+    ) from e
   return from_arrays(columns, holdout=holdout, classes=classes, name=path)
 
 
@@ -277,7 +286,8 @@ def from_arrays(columns, *, holdout=0.1, classes=(), name='arrays'):
            if p == 'train' or any(k.startswith('test_') for k in columns)]
   labels = {p: _labels(columns, p, name) for p in parts}
   num_classes = 1 + max(int(v.max()) for v in labels.values())
-  default = tuple(map(str, columns.get('class_names', range(num_classes))))
+  default = tuple(map(str, np.ravel(
+      columns.get('class_names', range(num_classes)))))
   names = _names(classes, default, num_classes, name)
   splits = {}
   for part, y in labels.items():
@@ -290,8 +300,8 @@ def from_arrays(columns, *, holdout=0.1, classes=(), name='arrays'):
       splits[part] = Encoded(files, y, names, where)
     if n != len(y):
       raise ValueError(
-          f'{name}: {n} {part} images but {len(y)} {part}_labels. Each image '
-          'needs one label.')
+          f'{name}: {n} {part} images but {len(y)} {part}_labels.\n'
+          'Give each image one label.')
   if 'test' in splits:
     return Splits(splits['train'], {'test': splits['test']})
   rows = range(splits['train'].num_examples)
@@ -301,9 +311,10 @@ def from_arrays(columns, *, holdout=0.1, classes=(), name='arrays'):
 def _column(columns, key, name):
   if key not in columns:
     raise ValueError(
-        f'{name} has no {key!r}, only {sorted(columns)}. Raw pixels need '
-        'train_images and train_labels, image files train_jpeg, train_offsets '
-        'and train_labels; the same with test_ is optional.')
+        f'{name} has no {key!r}, only {sorted(columns)}.\n'
+        'Raw pixels need train_images and train_labels, image files '
+        'train_jpeg, train_offsets and train_labels; the same with test_ is '
+        'optional.')
   return np.asarray(columns[key])
 
 
@@ -312,14 +323,14 @@ def _labels(columns, part, name):
   labels = _column(columns, key, name)
   if labels.ndim != 1 or labels.dtype.kind not in 'iu' or not labels.size:
     raise ValueError(
-        f'{name}: {key!r} must be integers [N], N >= 1, got {labels.dtype} '
-        f'{list(labels.shape)}.')
+        f'{name}: {key!r} is {labels.dtype} {list(labels.shape)}.\n'
+        'It must be integers [N], N >= 1: the class of each image.')
   # Above 2**24 it is an identifier, not a class, and would ask for a head of
   # that width.
   if labels.min() < 0 or labels.max() >= 2**24:
     raise ValueError(
-        f'{name}: {key!r} spans {labels.min()} to {labels.max()}. Number the '
-        'classes 0, 1, 2, ...')
+        f'{name}: {key!r} spans {labels.min()} to {labels.max()}.\n'
+        'Number the classes 0, 1, 2, ...')
   return labels
 
 
@@ -330,8 +341,8 @@ def _images(images, key, name):
   if (images.ndim != 4 or images.shape[-1] not in (1, 3)
       or 0 in images.shape or images.dtype != np.uint8):
     raise ValueError(
-        f'{name}: {key!r} must be uint8 [N, H, W] or [N, H, W, C] with C 1 or '
-        f'3, got {images.dtype} {list(images.shape)}. Convert it (floats in '
+        f'{name}: {key!r} is {images.dtype} {list(images.shape)}.\n'
+        'It must be uint8 [N, H, W] or [N, H, W, C] with C 1 or 3 (floats in '
         '[0, 1]: multiply by 255 and round).')
   return images
 
@@ -340,14 +351,16 @@ def _files(columns, part, name):
   data = _column(columns, f'{part}_jpeg', name)
   ends = _column(columns, f'{part}_offsets', name)
   if data.ndim != 1 or data.dtype != np.uint8:
-    raise ValueError(f"{name}: '{part}_jpeg' must be uint8 [total], got "
-                     f'{data.dtype} {list(data.shape)}.')
+    raise ValueError(
+        f"{name}: '{part}_jpeg' is {data.dtype} {list(data.shape)}.\n"
+        'It must be uint8 [total], the image files end to end.')
   if (ends.ndim != 1 or ends.dtype.kind not in 'iu' or len(ends) < 2
       or ends[0] != 0 or ends[-1] != len(data)
       or (ends[1:] < ends[:-1]).any()):
     raise ValueError(
-        f"{name}: '{part}_offsets' must be integers [N + 1] that grow from 0 "
-        f"to the {len(data)} bytes of '{part}_jpeg'.")
+        f"{name}: '{part}_offsets' do not mark the files in '{part}_jpeg'.\n"
+        f'They must be integers [N + 1] that grow from 0 to its {len(data)} '
+        'bytes.')
   return Packed(data, ends.astype(np.int64)), len(ends) - 1
 
 
@@ -357,9 +370,9 @@ def _names(classes: Sequence[str], default, num_classes, name):
   if len(names) < num_classes or len(names) < 2 or (
       len(set(names)) < len(names)):
     raise ValueError(
-        f'{name}: {len(names)} distinct class names for labels 0 to '
-        f'{num_classes - 1}. Classification needs two classes or more, and a '
-        'name for each.')
+        f'{name}: {len(set(names))} distinct class names for labels 0 to '
+        f'{num_classes - 1}.\n'
+        'Give two classes or more, and a name for each.')
   return names
 
 

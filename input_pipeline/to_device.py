@@ -27,7 +27,8 @@ class Prefetch:
 
   def __init__(self, iterator, sharding, size):
     if size < 1:
-      raise ValueError(f'prefetch size must be at least 1, got {size}.')
+      raise ValueError(f'There are to be {size} batches ahead.\n'
+                       'Make it 1 or more; 2 is enough in most cases.')
     self._queue = queue.Queue(size)
     stop = threading.Event()
     # The thread does not know this object: if the consumer forgets it, or the

@@ -11,3 +11,22 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 import jax
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+import pytest  # noqa: E402
+
+from tests import runs  # noqa: E402
+
+
+@pytest.fixture(scope='session')
+def cache(tmp_path_factory):
+  """A compilation cache for the session: equal programs compile once."""
+  return tmp_path_factory.mktemp('xla')
+
+
+@pytest.fixture(scope='session')
+def finished(cache, tmp_path_factory):
+  """A run of 4 steps, evaluated and saved at 2 and 4: (workdir, results)."""
+  from vit_jax import train
+  workdir = str(tmp_path_factory.mktemp('finished'))
+  results = train.train_and_evaluate(runs.short(cache), workdir)
+  return workdir, results

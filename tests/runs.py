@@ -10,8 +10,12 @@ import jax
 import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+# A folder that holds imagenet_sample/<class>/*.JPEG; it need not exist.
+TEST_DATA = os.path.join(ROOT, os.environ.get(
+    'VIT_JAX_TEST_DATA', os.path.join(os.pardir, 'shared', 'data')))
 DIGITS = os.path.join(ROOT, 'configs', 'digits.py')
 TRAIN = os.path.join(ROOT, 'vit_jax', 'train.py')
 # What differs between two runs of the same thing.
@@ -40,6 +44,16 @@ def config(cache, args='epochs=1', **changes):
   return c
 
 
+@contextlib.contextmanager
+def refused(match, error=ValueError):
+  """pytest.raises, for a message of one line of cause and one of remedy."""
+  with pytest.raises(error, match=match) as info:
+    yield info
+  lines = str(info.value).split('\n')
+  assert len(lines) == 2 and all(line.strip() for line in lines), lines
+  assert lines[0].endswith('.') and lines[1].endswith('.'), lines
+
+
 def total_steps(c, steps, warmup=2):
   """Sets the length of the run and of its warm-up in steps."""
   del c['total_epochs']
@@ -47,6 +61,14 @@ def total_steps(c, steps, warmup=2):
   del c.schedule['warmup_epochs']
   c.schedule.warmup_steps = warmup
   return c
+
+
+def short(cache, steps=4, **changes):
+  """A run of a few steps, evaluated and saved every second."""
+  changes = dict(eval__every_steps=2, checkpoint__every_steps=2,
+                 checkpoint__keep_best='test/top1', warmup=2) | changes
+  warmup = changes.pop('warmup')
+  return total_steps(config(cache, **changes), steps, warmup)
 
 
 def command(workdir, *flags, cache, args=''):

@@ -20,28 +20,6 @@ from vit_jax import metric_writer
 from vit_jax import train
 
 
-@pytest.fixture(scope='session')
-def cache(tmp_path_factory):
-  """A compilation cache for the session: equal programs compile once."""
-  return tmp_path_factory.mktemp('xla')
-
-
-@pytest.fixture(scope='session')
-def finished(cache, tmp_path_factory):
-  """A run of 4 steps, evaluated and saved at 2 and 4: (workdir, results)."""
-  workdir = str(tmp_path_factory.mktemp('finished'))
-  results = train.train_and_evaluate(short(cache), workdir)
-  return workdir, results
-
-
-def short(cache, steps=4, **changes):
-  """A run of a few steps, evaluated and saved every second."""
-  changes = dict(eval__every_steps=2, checkpoint__every_steps=2,
-                 checkpoint__keep_best='test/top1', warmup=2) | changes
-  warmup = changes.pop('warmup')
-  return runs.total_steps(runs.config(cache, **changes), steps, warmup)
-
-
 def test_what_a_run_leaves_behind(finished):
   workdir, results = finished
   assert results['test/count'] == results['test_ema/count'] == 500
@@ -91,7 +69,7 @@ def test_two_steps_and_two_resumed_are_four(finished, cache, tmp_path):
   with open(os.path.join(half, 'metrics.jsonl'), 'w') as f:
     f.writelines(json.dumps(r) + '\n' for r in rows)
     f.write('{"step": 3, "ti')
-  train.train_and_evaluate(short(cache), half)
+  train.train_and_evaluate(runs.short(cache), half)
   assert runs.digest(half) == runs.digest(workdir)
   assert runs.untimed(metric_writer.read(half)) == runs.untimed(
       metric_writer.read(workdir))
@@ -103,7 +81,7 @@ def test_two_steps_and_two_resumed_are_four(finished, cache, tmp_path):
 def test_a_finished_run_is_left_as_it_is(finished, cache):
   workdir, _ = finished
   before = runs.digest(workdir)
-  train.train_and_evaluate(short(cache), workdir)
+  train.train_and_evaluate(runs.short(cache), workdir)
   assert runs.digest(workdir) == before
   steps = collections.Counter(
       r['step'] for r in metric_writer.read(workdir) if 'test/top1' in r)
@@ -114,15 +92,15 @@ def test_resuming_may_change_how_but_not_what(
     finished, cache, tmp_path, caplog):
   workdir, _ = finished
   with pytest.raises(ValueError, match=r'seed: 0 -> 3') as e:
-    train.train_and_evaluate(short(cache, seed=3), workdir)
+    train.train_and_evaluate(runs.short(cache, seed=3), workdir)
   assert '--fork' in str(e.value)
   # A fork goes on from the checkpoint, with the new setting.
   forked = str(tmp_path / 'fork')
-  train.train_and_evaluate(short(cache, steps=6, seed=3), workdir, fork=forked)
+  train.train_and_evaluate(runs.short(cache, steps=6, seed=3), workdir, fork=forked)
   assert [r['step'] for r in metric_writer.read(forked)
           if 'train/loss' in r] == [5, 6]
   with caplog.at_level('INFO'):
-    train.train_and_evaluate(short(cache, prefetch=1), workdir)
+    train.train_and_evaluate(runs.short(cache, prefetch=1), workdir)
   assert 'prefetch: 2 -> 1' in caplog.text
 
 
@@ -130,7 +108,7 @@ def test_another_rate_or_seed_compiles_nothing(finished, cache, tmp_path):
   hits = collections.Counter()
   listen = lambda event, **_: hits.update([event.rsplit('/', 1)[-1]])
   jax.monitoring.register_event_listener(listen)
-  changes = short(cache, seed=5)
+  changes = runs.short(cache, seed=5)
   changes.optimizer.lr = 3e-4
   train.train_and_evaluate(changes, str(tmp_path))
   assert hits['cache_hits'] > 0 and hits['cache_misses'] == 0, hits
@@ -138,7 +116,7 @@ def test_another_rate_or_seed_compiles_nothing(finished, cache, tmp_path):
 
 def test_weights_of_another_run(finished, cache, tmp_path):
   workdir, _ = finished
-  c = short(cache, steps=1, warmup=0, optimizer__lr=0.0)
+  c = runs.short(cache, steps=1, warmup=0, optimizer__lr=0.0)
   c.init_from = dict(run=workdir, weights='raw', paths=('stem/.*', 'head/.*'),
                      reset=('head/bias',))
   c.frozen = ('stem/.*',)
@@ -166,7 +144,7 @@ def test_weights_that_do_not_fit(finished, cache, tmp_path, changes, message):
   workdir, _ = finished
   changes = {'init_from__run': workdir, **changes}
   with pytest.raises(ValueError, match=message):
-    train.train_and_evaluate(short(cache, **changes), str(tmp_path))
+    train.train_and_evaluate(runs.short(cache, **changes), str(tmp_path))
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
@@ -180,14 +158,14 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
       key=os.path.getsize)
   with open(largest, 'r+b') as f:
     f.truncate(os.path.getsize(largest) // 2)
-  train.train_and_evaluate(short(cache), damaged)
+  train.train_and_evaluate(runs.short(cache), damaged)
   assert 'checkpoint 4 cannot be read' in caplog.text
   assert os.path.isdir(os.path.join(damaged, 'checkpoints', '4.unreadable'))
   assert runs.digest(damaged) == runs.digest(workdir)
 
 
 def test_a_non_finite_loss_stops_with_its_step(cache, tmp_path):
-  c = short(cache, steps=8)
+  c = runs.short(cache, steps=8)
   c.log.every_steps = 100
   c.optimizer.lr = float('inf')
   with pytest.raises(train.NonFiniteLoss, match=r'loss of step [23] '):
@@ -197,7 +175,7 @@ def test_a_non_finite_loss_stops_with_its_step(cache, tmp_path):
 
 
 def test_keep_best_keeps_the_best(cache, tmp_path):
-  c = short(cache, steps=6)
+  c = runs.short(cache, steps=6)
   c.checkpoint.keep_last = 1
   train.train_and_evaluate(c, str(tmp_path))
   top1 = {r['step']: r['test/top1'] for r in metric_writer.read(str(tmp_path))
@@ -217,7 +195,7 @@ def test_overfitting_one_batch(cache, tmp_path):
 
 
 def test_an_unread_key_stops_before_the_first_step(cache, tmp_path):
-  c = short(cache)
+  c = runs.short(cache)
   c.optimizer.momentum = 0.9
   with pytest.raises(ValueError, match=r'Nothing reads.*optimizer\.momentum'):
     train.train_and_evaluate(c, str(tmp_path))
@@ -251,7 +229,7 @@ def test_bad_input_is_two_lines_before_the_first_compile(
     raise AssertionError('compiled before the check')
   monkeypatch.setattr(train, 'compile_step', compiled)
   with pytest.raises(ValueError, match=message) as e:
-    train.train_and_evaluate(short(cache, **changes), str(tmp_path))
+    train.train_and_evaluate(runs.short(cache, **changes), str(tmp_path))
   lines = str(e.value).splitlines()
   assert len(lines) == 2 and all(lines), str(e.value)
   assert train.is_message(e.value)
@@ -261,7 +239,7 @@ def test_an_unwritable_workdir(cache, tmp_path):
   file = tmp_path / 'file'
   file.touch()
   with pytest.raises(ValueError, match='Cannot write to the workdir'):
-    train.train_and_evaluate(short(cache), str(file / 'run'))
+    train.train_and_evaluate(runs.short(cache), str(file / 'run'))
 
 
 def test_a_gpu_that_jax_does_not_see_stops_the_run(
@@ -269,7 +247,7 @@ def test_a_gpu_that_jax_does_not_see_stops_the_run(
   monkeypatch.setattr('vit_jax.devices.nvidia_gpus', lambda: 2)
   monkeypatch.delenv('JAX_PLATFORMS', raising=False)
   with pytest.raises(ValueError, match=r'pip install .*gpu'):
-    train.train_and_evaluate(short(cache), str(tmp_path))
+    train.train_and_evaluate(runs.short(cache), str(tmp_path))
 
 
 def test_exit_codes_and_messages_of_the_command(tmp_path, capsys):
@@ -375,15 +353,3 @@ def test_no_key_of_the_digits_config_is_dead(cache, tmp_path, args, monkeypatch)
   with pytest.raises(Reached):  # every check has passed by then
     train.train_and_evaluate(c, str(tmp_path))
   assert config_lib.unread(c) == []
-
-
-def test_help_needs_no_jax():
-  code = ('import sys; sys.modules["jax"] = None\n'
-          'from vit_jax import __main__ as m\n'
-          'm.main(["--help"])\n'
-          'for name in m.COMMANDS: assert m.main([name, "--help"]) == 0\n')
-  done = subprocess.run([sys.executable, '-c', code], capture_output=True,
-                        text=True, check=False, timeout=60)
-  assert done.returncode == 0, done.stderr
-  for flag in ('--workdir', '--fork', '--overfit_batch', '--traceback'):
-    assert flag in done.stdout

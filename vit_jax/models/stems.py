@@ -19,6 +19,7 @@ import math
 from flax import linen as nn
 import jax
 
+from vit_jax import choices
 from vit_jax.models import initializers
 from vit_jax.models import variants
 
@@ -151,7 +152,7 @@ _CONVOLUTIONAL = ('conv', 'conv_ln', 'S1', 'S2', 'S3', 'S4')
 
 def is_convolutional(stem: str) -> bool:
   """Whether a stem takes the place of one block (`Size.depth_conv`)."""
-  variants.check('stem', stem, STEMS)
+  choices.pick(STEMS, stem, 'stem')
   return stem in _CONVOLUTIONAL
 
 

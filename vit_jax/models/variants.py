@@ -13,9 +13,9 @@ and 'micro', patch 8, for images of 32 pixels and for tests.
 ViT_C is ViT_P with another stem and one block fewer, so that flops stay equal:
 that block is a column below. The names of stems are listed in `stems.STEMS`.
 """
-from collections.abc import Iterable
-import difflib
 from typing import NamedTuple
+
+from vit_jax import choices
 
 
 class Size(NamedTuple):
@@ -112,8 +112,7 @@ PATCHIFYING_STEMS = {
 
 def size(name: str) -> Size:
   """Returns the row of a size; ValueError for a name not in `SIZES`."""
-  check('size', name, SIZES)
-  return SIZES[name]
+  return choices.pick(SIZES, name, 'size')
 
 
 def conv_stem(size_name: str, stem: str) -> ConvStem:
@@ -154,14 +153,3 @@ def conv_stem(size_name: str, stem: str) -> ConvStem:
       f'a power of two, never to the patch {row.patch}.\n'
       f'Take {size_name.split("/")[0]}/16 (or patch 8 or 32), or the stem '
       'patchify.')
-
-
-def check(what: str, name: object, choices: Iterable[str]) -> None:
-  """Raises a ValueError that lists the choices if `name` is not among them."""
-  choices = list(choices)
-  if name in choices:
-    return
-  close = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.5)
-  hint = f'Did you mean {close[0]!r}? ' if close else ''
-  raise ValueError(
-      f'Unknown {what} {name!r}.\n{hint}There is: {", ".join(choices)}.')

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vit_jax import choices
 from vit_jax.models import encoder
 from vit_jax.models import initializers
 from vit_jax.models import stems
@@ -166,7 +167,7 @@ def create(
     ValueError: an unknown name (the message lists the choices), a rate out of
       range, or a stem that the size does not have.
   """
-  for what, name, choices in (
+  for what, name, known in (
       ('size', size, variants.SIZES),
       ('stem', stem, stems.STEMS),
       ('pool', pool, POOLS),
@@ -177,7 +178,8 @@ def create(
       ('remat', remat, encoder.REMATS),
       ('dtype', dtype, DTYPES),
   ):
-    variants.check(what, name, choices)
+    if name not in known:
+      raise ValueError(choices.unknown(name, known, what))
   for what, rate in (
       ('dropout', dropout), ('stochastic_depth', stochastic_depth)):
     if not 0.0 <= rate < 1.0:

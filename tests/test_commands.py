@@ -1,0 +1,79 @@
+"""The other commands: plan, doctor, results."""
+import os
+
+from packaging import requirements
+import pytest
+
+from tests import runs
+from vit_jax import __main__ as command_line
+from vit_jax.commands import doctor
+
+VIT_C = os.path.join(runs.ROOT, 'configs', 'vit_c_i1k.py')
+
+
+@pytest.mark.parametrize('args, expected', [
+    # Parameters of the paper's Table 1, in pycls's exact count; 625 steps an
+    # epoch at batch 2048 with the tail dropped.
+    ('stem=conv,size=4GF', ['17,754,136', '3,965,674,216', '11,255,770',
+                            '197 (14 x 14', '250,000 steps']),
+    ('stem=patchify,size=1GF,epochs=50', [
+        '4,830,376', '1,083,059,944', '5,520,748', '31,250 steps']),
+])
+def test_plan_of_the_paper(args, expected, capsys):
+  assert command_line.main(['plan', '--config', f'{VIT_C}:{args}']) == 0
+  out = capsys.readouterr().out
+  for text in (*expected, "model.size = '" + args.split('size=')[1][:3]):
+    assert text in out, text
+  for module in ('stem', 'encoder/block_00', 'head', 'total'):
+    assert f'\n{module}' in out
+
+
+def test_plan_counts_what_is_there(capsys):
+  code = command_line.main(
+      ['plan', '--config', runs.DIGITS, '--config.total_steps=7', '--depth=1'])
+  assert code == 0
+  out = capsys.readouterr().out
+  assert '1,297 training examples, 10 classes (as found)' in out
+  assert '7 steps of 64' in out and 'encoder/block_00' not in out
+
+
+def test_plan_warns_of_cropped_pixels(capsys):
+  assert command_line.main([
+      'plan', '--config', f'{VIT_C}:stem=patchify', '--config.model.size=B/14',
+      '--config.input.pp=decode|resize(384)']) == 0
+  out = capsys.readouterr().out
+  assert '27 x 27' in out and '6 rows and 6 columns' in out
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['--config', f'{VIT_C}:stem=conv', '--config.model.size=B/14'], 'stem'),
+    (['--config', f'{VIT_C}:size=5GF'], 'Did you mean'),
+    (['--config', VIT_C, '--config.input.num_train=0'], 'input.path'),
+    (['--config', VIT_C, '--dpeth=3'], 'Did you mean'),
+])
+def test_plan_with_bad_input(flags, message, capsys):
+  assert command_line.main(['plan', *flags]) == 2
+  error = capsys.readouterr().err
+  assert message in error and len(error.splitlines()) == 2
+
+
+def test_doctor(capsys, monkeypatch):
+  assert command_line.main(['doctor']) == 0, capsys.readouterr().out
+  out = capsys.readouterr().out
+  assert 'jax ' in out and 'backend cpu' in out and '0 problem(s)' in out
+  monkeypatch.setattr(doctor, 'installed', lambda: [
+      (requirements.Requirement('jax>=0.10,<0.13'), '0.4.30'),
+      (requirements.Requirement('flax>=0.12'), None)])
+  assert command_line.main(['doctor']) == 2
+  out = capsys.readouterr().out
+  assert 'problem: jax: outside' in out and 'problem: flax: missing' in out
+
+
+def test_results_group_seeds(finished, capsys, tmp_path):
+  workdir, results = finished
+  assert command_line.main(['results', workdir, workdir]) == 0
+  out = capsys.readouterr().out
+  top1 = f'{results["test_ema/top1"]:.2%}'
+  assert f'| 2 | {top1} | 0.00% | {top1} | {top1} |' in out
+  assert command_line.main(['results', str(tmp_path)]) == 2
+  assert 'holds no' in capsys.readouterr().err
