@@ -55,11 +55,15 @@ def refused(match, error=ValueError):
 
 
 def total_steps(c, steps, warmup=2):
-  """Sets the length of the run and of its warm-up in steps."""
+  """Sets the length of the run and of its warm-up in steps.
+
+  The schedule becomes a constant one, so that the compiled step does not
+  depend on the length, and all the tests' runs share it.
+  """
   del c['total_epochs']
   c.total_steps = steps
-  del c.schedule['warmup_epochs']
-  c.schedule.warmup_steps = warmup
+  c.schedule = dict(name='constant', warmup_steps=warmup, warmup_start=0.0,
+                    cooldown_steps=0, per='step')
   return c
 
 
@@ -104,6 +108,22 @@ def arrays(workdir, step=None):
             lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)))
   return {jax.tree_util.keystr(k): np.asarray(v)
           for k, v in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def restored(workdir, devices):
+  """The newest state, on a mesh of the given devices."""
+  from vit_jax import checkpoint
+  from vit_jax import sharding
+  mesh = sharding.create_mesh({'data': -1}, devices)
+  folder = os.path.join(workdir, checkpoint.FOLDER)
+  with ocp.CheckpointManager(folder) as manager:
+    path = os.path.join(folder, str(manager.latest_step()), 'default')
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+      shapes = reader.metadata(path).item_metadata.tree
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=sharding.replicated(mesh)), shapes)
+    return manager.restore(
+        manager.latest_step(), args=ocp.args.StandardRestore(target))
 
 
 def digest(workdir, step=None):

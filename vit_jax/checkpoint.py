@@ -121,6 +121,29 @@ class Manager:
     self._manager.reload()
 
 
+def restore(manager, parent, abstract_state):
+  """Returns the state of the run, or of the one it forks from, or None.
+
+  Args:
+    manager: the run's own `Manager`.
+    parent: workdir of the run that it forks from, or None.
+    abstract_state: see `Manager.restore`.
+
+  Raises:
+    ValueError: no readable checkpoint where there has to be one.
+  """
+  state = manager.restore(abstract_state)
+  if state is not None or not parent:
+    return state
+  if '://' in parent or os.path.isdir(os.path.join(parent, FOLDER)):
+    with Manager(parent) as other:
+      state = other.restore(abstract_state)
+  if state is None:
+    raise ValueError(f'{parent} has no checkpoint to fork from.\n'
+                     'Give the --workdir of a run that has saved one.')
+  return state
+
+
 def check_disk(workdir, abstract_state):
   """Raises ValueError where one checkpoint would not fit on the disk.
 

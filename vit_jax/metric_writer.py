@@ -19,6 +19,8 @@ METRICS = 'metrics.jsonl'
 EVENTS = 'events'
 # Early steps that are shown in any case: is the loss moving, how fast is it?
 EARLY = (1, 2, 5, 10)
+# What stands first on the terminal; the rest follows by name.
+SHOWN = ('loss', 'lr', 'grad_norm', 'images_per_s', 'data_wait')
 
 
 def read(workdir):
@@ -91,7 +93,7 @@ class MetricWriter:
 
   def write_train(self, step, metrics, epoch):
     """Records a training row, and shows it on the bar or as a line."""
-    metrics = {k: float(v) for k, v in metrics.items()}
+    metrics = {k: float(metrics[k]) for k in sorted(metrics, key=_place)}
     self.write(step, {f'train/{k}': v for k, v in metrics.items()})
     text = f'epoch {epoch:.2f} ' + ' '.join(
         f'{k} {v:.4g}' for k, v in metrics.items())
@@ -120,6 +122,10 @@ class MetricWriter:
     self._events.add_event(event_pb2.Event(
         step=row['step'], wall_time=row['time'],
         summary=summary_pb2.Summary(value=values)))
+
+
+def _place(name):
+  return SHOWN.index(name) if name in SHOWN else len(SHOWN), name
 
 
 class _Bar:

@@ -82,7 +82,7 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
   devices.check()
   devices.enable_compilation_cache(config.compilation_cache)
   parent, workdir = (workdir, fork) if fork else (None, workdir)
-  resolved = workdir_lib.prepare(workdir, config)
+  resolved = workdir_lib.prepare(workdir, config, overfit_batch)
 
   # What is trained on, and for how long.
   mesh = sharding.create_mesh(config.mesh)
@@ -130,13 +130,11 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
   prefetch = config.prefetch
   evals.check_metric(config.checkpoint.keep_best, ema_alpha is not None)
   config_lib.check_all_read(config)
-  state = manager.restore(abstract_state)
-  if state is None and parent:
-    state = checkpoint.Manager(parent).restore(abstract_state)
+  state = checkpoint.restore(manager, parent, abstract_state)
   if state is None:
     state = train_state.with_variables(init_fn(hypers['key']), given)
   start = int(state.step)
-  workdir_lib.record(workdir, resolved)
+  workdir_lib.record(workdir, resolved, data.class_names)
   writer = metric_writer.MetricWriter(workdir, start, total_steps)
   say(devices.summary())
   say(f'{workdir}: {param_paths.size(trained):,} trained parameters, '
@@ -177,7 +175,7 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
           results = evals.run(state, step, writer, stop)
         if checkpoint_due(step) or stop.requested():
           manager.save(state, results if eval_due(step) else None)
-      if stop.requested() and step < total_steps:
+      if stop.requested():
         raise Stopped(f'{stop.requested()}: step {step} is being saved')
 
   metric_writer.plot_curves(writer.rows, os.path.join(workdir, 'curves.png'))

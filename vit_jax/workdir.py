@@ -15,6 +15,7 @@ from vit_jax import checkpoint
 from vit_jax import config as config_lib
 
 CONFIG = 'config.json'
+CLASSES = 'classes.json'  # names in the order of the labels
 LAUNCHES = 'launches.jsonl'
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy',
             'ml_collections', 'clu')
@@ -25,8 +26,16 @@ def as_json(config):
   return json.loads(json.dumps(config.to_dict()))
 
 
-def prepare(workdir, config):
+def prepare(workdir, config, overfit_batch=False):
   """Makes the folder, or checks that this config may resume what is in it.
+
+  Args:
+    workdir: the run's folder.
+    config: ConfigDict.
+    overfit_batch: whether it is a sanity check, which no run may resume.
+
+  Returns:
+    The resolved config as nested dicts, for `record`.
 
   Raises:
     ValueError: not writable, or a checkpoint of another experiment in it: the
@@ -43,6 +52,8 @@ def prepare(workdir, config):
     raise ValueError(f'Cannot write to the workdir {workdir}: {e.strerror}.\n'
                      'Choose another --workdir.') from None
   new = as_json(config)
+  if overfit_batch:
+    new['overfit_batch'] = True
   if os.path.exists(path) and _has_checkpoint(workdir):
     with open(path) as f:
       what, how = config_lib.differences(json.load(f), new)
@@ -56,13 +67,14 @@ def prepare(workdir, config):
   return new
 
 
-def record(workdir, resolved):
-  """Writes the resolved config and appends a line about this launch."""
+def record(workdir, resolved, class_names):
+  """Writes config.json and classes.json, and a line about this launch."""
   if jax.process_index():
     return
-  with open(os.path.join(workdir, CONFIG), 'w') as f:
-    json.dump(resolved, f, indent=2)
-    f.write('\n')
+  for name, content in ((CONFIG, resolved), (CLASSES, list(class_names))):
+    with open(os.path.join(workdir, name), 'w') as f:
+      json.dump(content, f, indent=2, ensure_ascii=False)
+      f.write('\n')
   with open(os.path.join(workdir, LAUNCHES), 'a') as f:
     f.write(json.dumps({'command': command_line(), **environment()}) + '\n')
 

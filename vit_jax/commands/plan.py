@@ -31,7 +31,7 @@ def main(argv):
     args = config_lib.parse_flags(['vit-jax plan', *argv], define)
     print(plan(args.config, args.depth))
     return 0
-  except ValueError as e:
+  except (ValueError, OSError) as e:
     if not train.is_message(e):
       raise
     print('error: ' + str(e).replace('\n', '\n  '), file=sys.stderr)
@@ -73,8 +73,8 @@ def plan(config, depth=2):
       f'({source})',
       f'length        {steps:,} steps of {config.global_batch_size:,}, '
       f'{units.describe(steps)}',
-      f'training      {6 * cost.macs * steps * config.global_batch_size:.3g} FLOP '
-      '(2 a multiply-add; forward once, backward twice)',
+      f'training      {6 * cost.macs * steps * config.global_batch_size:.3g} '
+      'FLOP (2 a multiply-add; forward once, backward twice)',
   ]
   if any(cropped):
     lines.append(f'warning       {cropped[0]} rows and {cropped[1]} columns of '
