@@ -49,6 +49,7 @@ from vit_jax import sharding
 from vit_jax import train_state
 from vit_jax import train_step
 from vit_jax import workdir as workdir_lib
+from vit_jax.models import batch_norm
 from vit_jax.models import vit
 
 BAD_INPUT, NOT_FINITE, STOPPED = 2, 3, 75
@@ -104,6 +105,7 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
       num_classes=len(data.class_names), **train_state.model_fields(
           config.model, frozen))
   check_image_size(model, data)
+  check_batch_norm_group(model, batch_size)
   variables = train_state.abstract_variables(model, data.image_shape, mesh)
   trained, _ = param_paths.split(variables['params'], frozen)
   normalize = train_step.normalizer(config.input.mean, config.input.std)
@@ -208,6 +210,14 @@ def check_image_size(model, data):
   if any(cropped):
     say(f'warning: {cropped[0]} rows and {cropped[1]} columns of pixels do not '
         f'fill a patch of {model.stem.patch} and are cropped')
+
+
+def check_batch_norm_group(model, batch_size):
+  """Raises ValueError unless BatchNorm's groups fill the batch."""
+  stem = model.stem
+  if (stem.norm, stem.batch_norm) == ('bn', 'train'):
+    batch_norm.check_group(
+        stem.batch_norm_group, 'global_batch_size', batch_size)
 
 
 def check_finite(metrics, manager):
