@@ -9,6 +9,7 @@ import pytest
 
 from vit_jax import recipes
 from vit_jax import sharding
+from vit_jax import train_state
 from vit_jax.models import batch_norm
 from vit_jax.models import stems
 from vit_jax.models import vit
@@ -169,6 +170,38 @@ def test_the_whole_batch_does_communicate():
   *_, text = on_devices(8, 0)
   assert 'all-reduce' in text
   assert np.abs(on_devices(8, 0)[0] - on_devices(8, 8)[0]).max() > 0.01
+
+
+# Which BatchNorms are frozen.
+
+
+@pytest.mark.parametrize('stem, frozen, expected', [
+    ('conv', ('stem/.*',), 'frozen'),
+    ('conv', (r'stem/norm_\d/.*',), 'frozen'),
+    ('conv', (r'.*/scale', r'.*/bias'), 'frozen'),
+    ('conv', ('stem/conv_.*', 'head/.*'), 'train'),
+    ('conv', (), 'train'),
+    ('patchify_bn', ('stem/norm/.*',), 'frozen'),
+    ('patchify_bn', ('stem/embedding/.*',), 'train'),
+    ('S1', ('stem/.*',), 'frozen'),
+    ('conv_ln', ('stem/.*',), 'train'),
+    ('patchify', ('stem/.*',), 'train'),
+])
+def test_frozen_parameters_freeze_statistics(stem, frozen, expected):
+  config = recipes.base().model
+  config.size, config.stem = 'micro', stem
+  fields = train_state.model_fields(config, frozen)
+  assert fields['batch_norm'] == expected
+  config.batch_norm = 'frozen'
+  assert train_state.model_fields(config, frozen)['batch_norm'] == 'frozen'
+
+
+@pytest.mark.parametrize('frozen', ['stem/norm_0/.*', '.*/scale'])
+def test_half_frozen_is_an_error(frozen):
+  config = recipes.base().model
+  with pytest.raises(ValueError, match='Freeze all of') as e:
+    train_state.model_fields(config, (frozen,))
+  assert len(str(e.value).splitlines()) == 2
 
 
 def test_the_papers_groups():
