@@ -29,6 +29,8 @@ SIMPLE = {'1GF': (1.0e-3, 0.24), '4GF': (1.0e-3, 0.24), '16GF': (1.0e-3, 0.24),
 # and 72GF we know of none and take those of 4GF (the same stem) and of 36GF.
 BATCH_NORM_GROUP = {'1GF': 256, '4GF': 256, '16GF': 256, '18GF': 128,
                     '36GF': 64, '72GF': 64}
+# Images on which they are estimated again before an evaluation (pycls).
+PRECISE_BN = 8192
 # pycls decays everything but norms and biases, so the class token and the
 # position embedding too; big_vision decays kernels only.
 DECAY_PAPER = (r'(.*/)?(kernel|cls|pos_embedding)',)
@@ -71,6 +73,9 @@ def base():
   c.optimizer = adamw(1e-3, 0.24)
   c.schedule = cosine(warmup_epochs=5.0)
   c.ema = dict(name='none')
+  # Training examples on which BatchNorm's statistics are estimated again
+  # before every evaluation; 0: running statistics.
+  c.precise_bn = dict(examples=0)
   c.frozen = ()       # regexes of parameters that are not trained
   c.init_from = dict(
       run='',           # a workdir whose newest checkpoint gives weights
