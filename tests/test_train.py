@@ -131,16 +131,21 @@ def test_another_rate_or_seed_compiles_nothing(finished, cache, tmp_path):
 
 def test_weights_of_another_run(finished, cache, tmp_path):
   workdir, _ = finished
-  c = runs.short(cache, steps=2, optimizer__lr=0.0)
+  c = runs.short(cache, steps=10, optimizer__lr=0.0,
+            eval__every_steps=5)
   c.init_from = dict(run=workdir, weights='raw', paths=('stem/.*', 'head/.*'),
                      reset=('head/bias',))
+  c.frozen = ('stem/.*',)
+  c.precise_bn.examples = 64  # which a frozen BatchNorm has no use for
   train.train_and_evaluate(c, str(tmp_path))
   old, new = runs.arrays(workdir), runs.arrays(str(tmp_path))
   same = lambda a, b: np.array_equal(old[a], new[b])
   assert same("['params']['stem']['conv_0']['kernel']",
-              "['params']['stem']['conv_0']['kernel']")
-  assert same("['params']['stem']['conv_0']['kernel']",
-              "['ema']['params']['stem']['conv_0']['kernel']")
+              "['frozen']['stem']['conv_0']['kernel']")
+  # A frozen BatchNorm keeps its statistics, whatever it is shown.
+  stats = [k for k in old if k.startswith("['batch_stats']")]
+  assert len(stats) == 6 and all(same(k, k) for k in stats)
+  assert all(same(k, f"['ema']{k}") for k in stats)
   assert same(*["['params']['head']['kernel']"] * 2)
   assert not same(*["['params']['head']['bias']"] * 2)
   other = "['params']['encoder']['blocks']['mlp']['fc1']['kernel']"
@@ -200,6 +205,18 @@ def test_keep_best_keeps_the_best(cache, tmp_path):
   assert 6 in kept and any(top1[s] == best for s in kept) and len(kept) <= 2
 
 
+def test_precise_statistics_are_for_evaluation_only(
+    finished, cache, tmp_path):
+  workdir, results = finished
+  c = runs.short(cache, eval__every_steps=0)
+  c.precise_bn.examples = 256
+  precise = train.train_and_evaluate(c, str(tmp_path))
+  for name in ('test/loss', 'test_ema/loss'):
+    assert abs(precise[name] - results[name]) > 1e-3
+  # Training knows nothing of it, nor of how often there was an evaluation.
+  assert runs.digest(tmp_path) == runs.digest(workdir)
+
+
 def test_overfitting_one_batch(cache, tmp_path):
   c = runs.short(cache, steps=30)
   train.train_and_evaluate(c, str(tmp_path), overfit_batch=True)
@@ -219,6 +236,11 @@ def test_an_unread_key_stops_before_the_first_step(cache, tmp_path):
 
 
 @pytest.mark.parametrize('changes, message', [
+    (dict(model__batch_norm_group=48),
+     r'divide global_batch_size=64(.|\n)*groups that do: 32 and 64'),
+    (dict(model__batch_norm_group=-1), 'whole batch'),
+    (dict(precise_bn__examples=-1), 'is negative'),
+    (dict(frozen=('stem/norm_0/.*',)), 'Freeze all'),
     (dict(global_batch_size=63), 'nearest sizes that do: 56 and 64'),
     (dict(mesh=dict(data=3)), 'does not fit 8 device'),
     (dict(model__size='mikro'), 'Did you mean'),

@@ -34,8 +34,8 @@ def build(stem, num_devices=1, frozen=(), optimizer_name='adamw', average=True):
   """Returns (init_fn, jitted step, mesh), once per set of arguments."""
   mesh = sharding.create_mesh({'data': -1}, jax.devices()[:num_devices])
   model = vit.create(
-      size='micro', stem=stem, num_classes=10, pool='gap', dropout=0.1, scan=True,
-      batch_norm='frozen' if frozen else 'train')
+      size='micro', stem=stem, num_classes=10, pool='gap', dropout=0.1,
+      scan=True, batch_norm='frozen' if frozen else 'train')
   variables = train_state.abstract_variables(model, (32, 32, 3), mesh)
   trained, _ = param_paths.split(variables['params'], frozen)
   config = getattr(recipes, optimizer_name)(1e-3, 0.1)

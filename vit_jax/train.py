@@ -43,12 +43,14 @@ from vit_jax import metric_writer
 from vit_jax import optimizer
 from vit_jax import pace
 from vit_jax import param_paths
+from vit_jax import precise_bn
 from vit_jax import preemption
 from vit_jax import schedules
 from vit_jax import sharding
 from vit_jax import train_state
 from vit_jax import train_step
 from vit_jax import workdir as workdir_lib
+from vit_jax.models import batch_norm
 from vit_jax.models import vit
 
 BAD_INPUT, NOT_FINITE, STOPPED = 2, 3, 75
@@ -104,6 +106,7 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
       num_classes=len(data.class_names), **train_state.model_fields(
           config.model, frozen))
   check_image_size(model, data)
+  check_batch_norm_group(model, batch_size)
   variables = train_state.abstract_variables(model, data.image_shape, mesh)
   trained, _ = param_paths.split(variables['params'], frozen)
   normalize = train_step.normalizer(config.input.mean, config.input.std)
@@ -119,6 +122,13 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
   evals = evaluators.create(
       config.evaluators, predict, data, mesh,
       config.eval.batch_size or batch_size)
+  train_batches = functools.partial(
+      input_pipeline.train_batches, data, global_batch_size=batch_size,
+      data_seed=data_seed, epoch=config.input.epoch,
+      process_index=jax.process_index(), process_count=jax.process_count())
+  estimate = precise_bn.create(
+      config.precise_bn, model, variables, normalize, train_batches, batch_size,
+      mesh)
   init_fn, abstract_state = train_state.init(
       model, data.image_shape, make_tx, frozen, ema_alpha is not None, mesh)
 
@@ -146,20 +156,18 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
       train_step.make(loss_fn, make_tx, schedule, ema_alpha), abstract_state,
       sharding.abstract_batch(data.image_shape, batch_size, mesh), hypers, mesh)
   batches = input_pipeline.to_device.prefetch(
-      input_pipeline.train_batches(
-          data, global_batch_size=batch_size, data_seed=data_seed,
-          start_step=start, epoch=config.input.epoch,
-          process_index=jax.process_index(),
-          process_count=jax.process_count()),
-      sharding.batch(mesh), size=prefetch)
+      train_batches(start_step=start), sharding.batch(mesh), size=prefetch)
 
   with preemption.Stop() as stop, batches, writer, manager:
-    stream = itertools.repeat(next(batches)) if overfit_batch else batches
-    evals = evaluators.Suite({}) if overfit_batch else evals
+    stream = batches
+    if overfit_batch:
+      stream = itertools.repeat(next(batches))
+      evals, eval_due = evaluators.Suite({}), lambda step: False
     speed = pace.Pace()
     results = {}
     if start and eval_due(start) and not writer.has(start, evals.names):
-      results = evals.run(state, start, writer, stop)
+      results = evals.run(
+          estimate(state, stop.requested), start, writer, stop)
 
     for step in range(start + 1, total_steps + 1):
       state, metrics = step_fn(state, speed.next(stream), hypers)
@@ -172,7 +180,8 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
 
       with speed.pause():
         if eval_due(step):
-          results = evals.run(state, step, writer, stop)
+          results = evals.run(
+              estimate(state, stop.requested), step, writer, stop)
         if checkpoint_due(step) or stop.requested():
           manager.save(state, results if eval_due(step) else None)
       if stop.requested():
@@ -206,6 +215,14 @@ def check_image_size(model, data):
   if any(cropped):
     say(f'warning: {cropped[0]} rows and {cropped[1]} columns of pixels do not '
         f'fill a patch of {model.stem.patch} and are cropped')
+
+
+def check_batch_norm_group(model, batch_size):
+  """Raises ValueError unless BatchNorm's groups fill the batch."""
+  stem = model.stem
+  if (stem.norm, stem.batch_norm) == ('bn', 'train'):
+    batch_norm.check_group(
+        stem.batch_norm_group, 'global_batch_size', batch_size)
 
 
 def check_finite(metrics, manager):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from vit_jax import param_paths
 from vit_jax import sharding
+from vit_jax.models import stems
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -67,14 +68,43 @@ def model_fields(config, frozen):
 
   dtype 'auto' is bfloat16 on accelerators and float32 on CPU, where bfloat16
   is slower. BatchNorm whose parameters are frozen keeps its statistics too.
+
+  Args:
+    config: the section `model`.
+    frozen: regexes of the parameters that are not trained.
+
+  Raises:
+    ValueError: an unknown size or stem, or `frozen` has some of BatchNorm's
+      parameters and not the others.
   """
   fields = {key: config[key] for key in config}
   if fields['dtype'] == 'auto':
     on_cpu = jax.default_backend() == 'cpu'
     fields['dtype'] = 'float32' if on_cpu else 'bfloat16'
-  if param_paths.matches('stem/norm_0/scale', frozen):
+  if frozen and _is_batch_norm_frozen(config['size'], config['stem'], frozen):
     fields['batch_norm'] = 'frozen'
   return fields
+
+
+def _is_batch_norm_frozen(size, stem, frozen):
+  """Whether the regexes match every parameter of a stem's BatchNorms."""
+  module = stems.create(size=size, stem=stem)
+  image = jnp.zeros((1, module.patch, module.patch, 3))
+  variables = jax.eval_shape(
+      lambda key: module.init(key, image, train=False), jax.random.key(0))
+  # A BatchNorm is a module that has statistics.
+  norms = {path.rpartition('/')[0] for path in param_paths.flatten(
+      variables.get('batch_stats', {}))}
+  paths = [f'stem/{path}' for path in param_paths.flatten(variables['params'])
+           if path.rpartition('/')[0] in norms]
+  fixed = [path for path in paths if param_paths.matches(path, frozen)]
+  if fixed and len(fixed) < len(paths):
+    other = next(path for path in paths if path not in fixed)
+    raise ValueError(
+        f'frozen matches {fixed[0]} and not {other}; BatchNorm either learns '
+        'and updates its statistics or does neither.\nFreeze all of '
+        'stem/norm.*/(scale|bias), or none.')
+  return bool(fixed)
 
 
 def abstract_variables(model, image_shape, mesh):

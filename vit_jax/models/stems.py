@@ -6,8 +6,10 @@ Siblings behind one interface. A stem is a linen module with the fields
   batch_norm  'train': BatchNorm normalises with the statistics of the batch if
               train=True and with running statistics if not; 'frozen': always
               with running statistics, which then never change
-  bn_momentum of the running statistics; a value for one pass over the data:
-              model.clone(stem=model.stem.clone(bn_momentum=0.0))
+  batch_norm_group  examples whose statistics BatchNorm takes together in
+              training; 0: those of the whole batch
+  bn_momentum of the running statistics; with 0 they are replaced by those of
+              the batch: model.clone(stem=model.stem.clone(bn_momentum=0.0))
   norm_eps    of LayerNorm
   init_name   a key of `initializers.INITIALIZERS`
   dtype       of convolutions; normalisation computes in float32
@@ -20,6 +22,7 @@ from flax import linen as nn
 import jax
 
 from vit_jax import choices
+from vit_jax.models import batch_norm
 from vit_jax.models import initializers
 from vit_jax.models import variants
 
@@ -34,6 +37,7 @@ class _Stem(nn.Module):
   norm: str = 'none'
   activation: str = 'none'
   batch_norm: str = 'train'
+  batch_norm_group: int = 0
   bn_momentum: float = 0.9
   norm_eps: float = 1e-6
   init_name: str = 'paper'
@@ -44,16 +48,12 @@ class _Stem(nn.Module):
     if self.norm == 'ln':
       return nn.LayerNorm(self.norm_eps, dtype=self.dtype, name=name)(x)
     if self.norm == 'bn':
-      # Under jit a batch that is sharded over devices is still one array, so
-      # these are statistics of the global batch; the paper's are those of one
-      # GPU, 64 to 256 images (pycls runs plain BatchNorm under DDP).
-      # Momentum 0.9 is torch's 0.1. torch keeps the unbiased variance in its
-      # running statistics, flax the biased one: a factor n / (n - 1), n the
-      # number of values per channel, thousands here.
-      frozen = self.batch_norm == 'frozen'
-      return nn.BatchNorm(
-          use_running_average=frozen or not train, momentum=self.bn_momentum,
-          epsilon=1e-5, dtype=self.dtype, name=name)(x)
+      train = train and self.batch_norm == 'train'
+      fields = dict(momentum=self.bn_momentum, epsilon=1e-5, dtype=self.dtype,
+                    name=name)
+      if train and self.batch_norm_group:
+        return batch_norm.GroupedBatchNorm(self.batch_norm_group, **fields)(x)
+      return nn.BatchNorm(use_running_average=not train, **fields)(x)
     return x
 
 
@@ -162,7 +162,8 @@ def create(*, size: str, stem: str, **fields) -> nn.Module:
   Args:
     size: a key of `variants.SIZES`.
     stem: a key of `STEMS`.
-    **fields: batch_norm, norm_eps, init_name, dtype: see the module's top.
+    **fields: batch_norm, batch_norm_group, norm_eps, init_name, dtype: see the
+      module's top.
 
   Returns:
     An unbound stem: [B, H, W, C] -> [B, h, w, D].

@@ -131,6 +131,7 @@ def create(
     dropout: float = 0.0,
     stochastic_depth: float = 0.0,
     batch_norm: str = 'train',
+    batch_norm_group: int = 0,
     scan: bool = False,
     remat: str = 'none',
     dtype: str = 'float32',
@@ -153,6 +154,8 @@ def create(
       others lie on the line between.
     batch_norm: 'train' or 'frozen': running statistics even with train=True,
       and left as they are.
+    batch_norm_group: examples whose statistics BatchNorm takes together in
+      training, consecutive ones; divides the batch. 0: all of the batch.
     scan: one compiled block for all; parameters are stacked.
     remat: 'none', 'full' or 'dots' (keeps the results of matmuls): what the
       backward pass computes again.
@@ -186,6 +189,10 @@ def create(
       raise ValueError(
           f'The rate {what} is {rate}.\nIt is a probability in [0, 1); 0 turns '
           'it off.')
+  if batch_norm_group < 0:
+    raise ValueError(
+        f'batch_norm_group is {batch_norm_group}.\nIt is a number of examples, '
+        'or 0: statistics of the whole batch.')
   if num_classes < 1:
     raise ValueError(
         f'The model has {num_classes} classes.\nnum_classes is at least 1.')
@@ -193,8 +200,9 @@ def create(
   row = variants.size(size)
   return ViT(
       stem=stems.create(
-          size=size, stem=stem, batch_norm=batch_norm, norm_eps=norm_eps,
-          init_name=init, dtype=dtype),
+          size=size, stem=stem, batch_norm=batch_norm,
+          batch_norm_group=batch_norm_group, norm_eps=norm_eps, init_name=init,
+          dtype=dtype),
       depth=row.depth_conv if stems.is_convolutional(stem) else row.depth,
       heads=row.heads, mlp=row.mlp, num_classes=num_classes, pool=pool,
       pos_embedding=pos_embedding, gelu=gelu, norm_eps=norm_eps,
