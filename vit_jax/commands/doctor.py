@@ -9,6 +9,8 @@ import sys
 
 from packaging import requirements
 
+from vit_jax import workdir
+
 DISTRIBUTION = 'vit-early-conv'
 
 
@@ -16,7 +18,6 @@ def main(argv):
   """Runs the command; returns its exit code."""
   del argv
   from vit_jax import devices
-  from vit_jax import workdir
   print(f'python {sys.version.split()[0]}')
   problems = []
   for requirement, found in installed():
@@ -42,7 +43,7 @@ def installed():
   try:
     listed = importlib.metadata.requires(DISTRIBUTION) or ()
   except importlib.metadata.PackageNotFoundError:
-    listed = ()
+    listed = workdir.PACKAGES  # run from its source, uninstalled: no bounds
   for line in listed:
     requirement = requirements.Requirement(line)
     if requirement.marker and not requirement.marker.evaluate({'extra': ''}):
