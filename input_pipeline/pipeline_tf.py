@@ -43,6 +43,8 @@ def images(job, start, count):
         # Each file costs this once, and few are broken in such a manner.
         stream = _dataset(
             job, step, count and start + count - step, for_pillow)
+    if job.bad.error:  # met by rows ahead, whose own error may be lost
+      raise job.bad.error
     yield batch
 
 
