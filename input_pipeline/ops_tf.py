@@ -1,7 +1,7 @@
 """The ops in TensorFlow: the driver for image files on disk.
 
-The only module of the project that imports TensorFlow. It is imported when
-the first image file is about to be read, never before.
+With `pipeline_tf` and `records.stream` all of the project that imports
+TensorFlow; imported when the first image file is about to be read.
 """
 import tensorflow as tf
 
