@@ -29,12 +29,22 @@ def open_image(content):
 
 
 def decode(content, channels):
-  """Decodes an image file.
+  """Decodes an image file, whatever its name ends in.
 
+  What both drivers make of files that are not plain 8-bit RGB:
+    grey            the same value in three channels; with channels=1 as it is
+    colour, and channels=1: grey by ITU-R 601, see `to_channels`
+    palette, 1-4 bits: the colours that they stand for
+    alpha           dropped: the colour below it shows, nothing is blended
+    CMYK, YCCK      as Pillow converts them (Adobe's inversion undone, no
+                    colour profile)
+    16 bits         the upper 8
+    EXIF rotation   ignored, as in the released models' training
+    GIF, WebP, APNG of several frames: the first
+    colour profiles, gamma: ignored
+    truncated       unreadable, also if only the last rows are missing
   JPEG by libjpeg's accurate integer transform, which is Pillow's default and
-  bit-equal to TensorFlow's INTEGER_ACCURATE. Alpha is dropped, of animations
-  the first frame is taken, 16 bits are cut to the upper 8, EXIF orientation
-  is ignored.
+  bit-equal to TensorFlow's INTEGER_ACCURATE.
 
   Args:
     content: bytes, of any of FORMATS.

@@ -1,7 +1,7 @@
 """The ops in TensorFlow: the driver for image files on disk.
 
-The only module of the project that imports TensorFlow. It is imported when
-the first image file is about to be read, never before.
+With `pipeline_tf` and `records.stream` all of the project that imports
+TensorFlow; imported when the first image file is about to be read.
 """
 import tensorflow as tf
 
@@ -19,20 +19,61 @@ KINDS = {'JPEG': JPEG, 'MPO': JPEG, 'PNG': PNG}
 _MARGIN = 2
 
 
-def kind_of(image):
-  """Which decoder a Pillow image asks for."""
-  return KINDS.get(image.format, OTHER)
+def kind_of(image, content):
+  """Which decoder an image file asks for.
+
+  Args:
+    image: what Pillow makes of its header.
+    content: its bytes.
+
+  Returns:
+    JPEG, PNG, or OTHER: what Pillow decodes to RGB pixels. That is the case,
+    too, for CMYK, which TensorFlow rounds differently, and for files without
+    an end, of which TensorFlow would read a box above the missing part: what
+    is readable must not depend on the crop.
+  """
+  kind = KINDS.get(image.format, OTHER)
+  if (kind == JPEG and (image.mode not in ('L', 'RGB')
+                        or b'\xff\xd9' not in content[-64:])):
+    return OTHER
+  return OTHER if kind == PNG and b'IEND' not in content[-64:] else kind
 
 
-def decode(content, kind, channels):
-  """Bytes (string scalar) and kind (int32) to uint8 [H, W, channels]."""
+def prepare(content, image, native=True):
+  """(kind, content) for `decode`, of an image file; decodes OTHER itself.
+
+  Args:
+    content: bytes of the file.
+    image: what Pillow makes of its header.
+    native: False leaves every format to Pillow.
+
+  Raises:
+    OSError and others, as `ops_numpy.decode`.
+  """
+  kind = kind_of(image, content) if native else OTHER
+  if kind == OTHER:
+    content = ops_numpy.decode(content, 3).tobytes()
+  return kind, content
+
+
+def decode(content, kind, size, channels):
+  """Decodes an image file or reshapes pixels.
+
+  Args:
+    content: string scalar: the file, or with OTHER its RGB pixels.
+    kind: int32 scalar, from `kind_of`.
+    size: int32 [2], height and width.
+    channels: 1 or 3.
+
+  Returns:
+    uint8 [H, W, channels].
+  """
   image = tf.switch_case(kind, [
       lambda: tf.io.decode_jpeg(
           content, channels=3, dct_method='INTEGER_ACCURATE'),
       lambda: tf.io.decode_png(content, channels=3),
-      lambda: tf.ensure_shape(tf.numpy_function(
-          lambda c: ops_numpy.decode(c, 3), [content], tf.uint8),
-          [None, None, 3]),
+      lambda: tf.reshape(
+          tf.io.decode_raw(content, tf.uint8), [size[0], size[1], 3]),
   ])
   return to_channels(image, channels)
 
@@ -51,7 +92,7 @@ def decode_box(content, kind, size, view, channels):
 
   return tf.cond(
       tf.equal(kind, JPEG), jpeg,
-      lambda: _crop(decode(content, kind, channels), view))
+      lambda: _crop(decode(content, kind, size, channels), view))
 
 
 def to_channels(image, channels):
@@ -67,7 +108,7 @@ def load(content, kind, size, views, ops, channels):
   """Decodes an image file and carries out the ops.
 
   Args:
-    content: string scalar.
+    content: string scalar, see `decode`.
     kind: int32 scalar, from `kind_of`.
     size: int32 [2], height and width of the image.
     views: int32 [len(ops), 7], from `ops.views`.
@@ -81,7 +122,7 @@ def load(content, kind, size, views, ops, channels):
   if fuse:  # what lies outside of the box need not be decoded
     image = decode_box(content, kind, size, views[1], channels)
   else:
-    image = decode(content, kind, channels)
+    image = decode(content, kind, size, channels)
   for i, op in enumerate(ops[1:], 1):
     view = views[i]
     if op.border:

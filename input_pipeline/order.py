@@ -30,6 +30,10 @@ EPOCHS = ('exact', 'floor')
 _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, SplitMix64's increment
 # Hashes for different uses start differently, so they never coincide.
 _FOR_ORDER, _FOR_DRAWS = 0x6F72646572, 0x6472617773
+_FOR_SUBSTITUTES = 0x7375627374
+# Orders apart from that of the examples: of streamed files, and of the records
+# in a window (WINDOWS and above).
+FILES, WINDOWS = 1, 2
 
 
 def _mix(x):
@@ -67,7 +71,7 @@ def check_seed(data_seed):
 
 
 @np.errstate(over='ignore')  # uint64 products are meant to wrap
-def permuted(data_seed, epoch, position, num_examples):
+def permuted(data_seed, epoch, position, num_examples, stream=0):
   """The example at each position of an epoch's order.
 
   Args:
@@ -75,6 +79,7 @@ def permuted(data_seed, epoch, position, num_examples):
     epoch: int or int64 array >= 0, broadcast against `position`.
     position: int or int64 array in [0, num_examples).
     num_examples: N in [1, 2**60].
+    stream: int that separates uses; 0 is the order of the examples.
 
   Returns:
     int64 array of the broadcast shape, values in [0, num_examples). For one
@@ -93,7 +98,8 @@ def permuted(data_seed, epoch, position, num_examples):
   # A batch holds one or two epochs: hash each once.
   epochs, which = np.unique(epoch, return_inverse=True)
   rounds = np.arange(_ROUNDS)[:, None]
-  keys = _hash(_FOR_ORDER, data_seed, epochs, rounds)  # [rounds, epochs]
+  use = (stream,) if stream else ()
+  keys = _hash(_FOR_ORDER, data_seed, epochs, rounds, *use)  # [rounds, epochs]
   keys = keys[:, which.reshape(-1)]  # [rounds, n]
 
   def feistel(x, keys):
@@ -129,6 +135,24 @@ def uniform(data_seed, epoch, index, stream, n):
   counter = np.arange(1, n + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
   bits = _mix(start[..., None] + counter)
   return (bits >> np.uint64(11)) * 2.0**-53
+
+
+def substitute(data_seed, epoch, index, attempt, num_examples):
+  """The example that takes the place of an unreadable one in an epoch.
+
+  Args:
+    data_seed: int in [0, 2**63).
+    epoch: int.
+    index: int, the unreadable example.
+    attempt: int, counts further draws while those before are unreadable, too.
+    num_examples: N.
+
+  Returns:
+    int in [0, N).
+  """
+  with np.errstate(over='ignore'):
+    draw = _hash(_FOR_SUBSTITUTES, data_seed, epoch, index, attempt)
+  return int(draw) % int(num_examples)
 
 
 def batch_positions(step, *, num_examples, global_batch_size, epoch='exact',

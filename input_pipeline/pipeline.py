@@ -4,14 +4,19 @@ Two engines give the same examples in the same order: numpy with Pillow for
 everything in memory, `tf.data` for files on disk. Without TensorFlow the first
 one reads files, too.
 """
+from collections.abc import Callable
 import concurrent.futures
 import dataclasses
+import functools
 import itertools
 import os
+import struct
 
 from absl import logging
 import numpy as np
+from PIL import Image
 
+from input_pipeline import bad_images
 from input_pipeline import messages
 from input_pipeline import ops as ops_
 from input_pipeline import ops_numpy
@@ -22,7 +27,11 @@ _CHANNELS = (1, 3)
 # What Pillow raises on broken or hostile files, apart from OSError.
 READ_ERRORS = (
     OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError,
-    TypeError, ArithmeticError, MemoryError, NotImplementedError)
+    TypeError, ArithmeticError, MemoryError, NotImplementedError,
+    struct.error, Image.DecompressionBombError)
+# Draws for the place of an unreadable image. With one image in ten unreadable
+# all of them fail once in 1e16.
+_SUBSTITUTES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +46,7 @@ class Data:
     eval_ops: of input.eval_pp.
     image_shape: (H, W, C) of training images.
     eval_shape: (H, W, C) of evaluation images.
+    bad: what could not be read so far, see `bad_images.BadImages`.
   """
   train: sources.Source
   evals: dict[str, sources.Source]
@@ -45,6 +55,7 @@ class Data:
   eval_ops: tuple[ops_.Op, ...]
   image_shape: tuple[int, int, int]
   eval_shape: tuple[int, int, int]
+  bad: bad_images.BadImages
 
 
 def open_data(config_input, data_seed, splits=None):
@@ -52,14 +63,18 @@ def open_data(config_input, data_seed, splits=None):
 
   Args:
     config_input: mapping with
-      source: 'digits', 'arrays' or 'folder'; see `sources` and `folder`.
-      path: of the data; '' for digits.
+      source: 'digits', 'arrays', 'folder' or 'tfds'; see `sources`, `folder`
+        and `tfds_source`.
+      path: of the data; '' for digits; 'name:version' for tfds.
       pp, eval_pp: ops of training and evaluation; see `ops.OPS`.
       channels: 1 or 3.
       epoch: 'exact' or 'floor'; see `order.batch_positions`.
       holdout: fraction in (0, 1) of the training examples to evaluate on
         where the data has no part for it. Which ones never changes.
       classes: '' or a JSON file with the list of class names in order.
+      max_bad_fraction: in [0, 1), of training images that may be unreadable.
+      data_dir, train_split, eval_split, stream, window: of tfds, see
+        `tfds_source.open_splits`; their defaults for other sources.
     data_seed: int in [0, 2**63), of the order and of the host's draws.
     splits: sources.Splits to use in place of source and path, such as from
       `sources.from_arrays`.
@@ -73,9 +88,11 @@ def open_data(config_input, data_seed, splits=None):
   """
   # Every key is read whatever the others say, so that a check for keys that
   # nothing reads stays simple.
-  name, path, epoch, channels, holdout, classes = (
+  name, path, epoch, channels, holdout, classes, max_bad = (
       config_input[k]
-      for k in ('source', 'path', 'epoch', 'channels', 'holdout', 'classes'))
+      for k in ('source', 'path', 'epoch', 'channels', 'holdout', 'classes',
+                'max_bad_fraction'))
+  tfds_only = {k: config_input[k] for k in sources.TFDS_ONLY}
   train_ops = ops_.parse(config_input['pp'], 'pp')
   eval_ops = ops_.parse(config_input['eval_pp'], 'eval_pp')
   order.check_seed(data_seed)
@@ -86,6 +103,11 @@ def open_data(config_input, data_seed, splits=None):
     raise ValueError(
         f'input.holdout={holdout!r} is not between 0 and 1.\n'
         'Take the fraction of the examples to evaluate on, such as 0.1.')
+  if not isinstance(max_bad, (int, float)) or not 0 <= max_bad < 1:
+    raise ValueError(
+        f'input.max_bad_fraction={max_bad!r} is not in [0, 1).\n'
+        'Take the fraction of training images that may be unreadable: 0.001.')
+  _check_tfds_only(name, tfds_only)
   random_ops = [name for name, op in ops_.OPS.items()
                 if op.draws and op in map(type, eval_ops)]
   if random_ops:
@@ -95,7 +117,8 @@ def open_data(config_input, data_seed, splits=None):
 
   class_names = sources.read_classes(path=classes) if classes else ()
   if splits is None:
-    splits = sources.SOURCES[name](path, holdout, class_names)
+    options = tfds_only if name == 'tfds' else {}
+    splits = sources.SOURCES[name](path, holdout, class_names, **options)
   for split, source in {'train': splits.train, **splits.evals}.items():
     if not source.num_examples:
       raise ValueError(f'{name}: {split} has no examples.\n'
@@ -110,7 +133,22 @@ def open_data(config_input, data_seed, splits=None):
         f'input.eval_pp gives images of shapes {sorted(shapes[1])}.\n'
         'Make them one size with resize or a crop.')
   return Data(splits.train, splits.evals, splits.train.class_names, train_ops,
-              eval_ops, shapes[0].pop(), shapes[1].pop())
+              eval_ops, shapes[0].pop(), shapes[1].pop(),
+              bad_images.BadImages(max_bad))
+
+
+def _check_tfds_only(source, options):
+  """Raises ValueError for values of the wrong kind or without effect."""
+  for key, value in options.items():
+    default = sources.TFDS_ONLY[key]
+    if source != 'tfds' and value != default:
+      raise ValueError(
+          f'input.{key}={value!r} has no effect with input.source={source!r}.\n'
+          f"Leave it at {default!r}, or use input.source='tfds'.")
+    if type(value) is not type(default) or (key == 'window' and value < 1):
+      raise ValueError(
+          f'input.{key}={value!r} is no {type(default).__name__} that it could '
+          f'be.\nIts default is {default!r}.')
 
 
 def image_shape(config_input):
@@ -165,6 +203,11 @@ def train_batches(data, *, global_batch_size, data_seed, start_step=0,
                   epoch='exact', process_index=0, process_count=1):
   """Endless batches of one process, from any step on at once.
 
+  In place of an image that cannot be read stands another, drawn by
+  `order.substitute` from (data_seed, epoch, its index), so that all other rows,
+  and resumption, stay as they are. Streamed sources cannot be asked for any
+  index: the next readable row of the batch is repeated.
+
   Args:
     data: from `open_data`.
     global_batch_size: B, over all processes.
@@ -178,22 +221,38 @@ def train_batches(data, *, global_batch_size, data_seed, start_step=0,
     Iterator of {'image': uint8 [b, H, W, C], 'label': int32 [b]}.
 
   Raises:
-    ValueError: sizes that do not fit (at the call), an image that cannot be
-      read (by the iterator), with its path.
+    ValueError: sizes that do not fit (at the call); more images that cannot be
+      read than input.max_bad_fraction allows (by the iterator), with a path.
   """
   order.check_seed(data_seed)
+  source = data.train
+  processes = dict(process_index=process_index, process_count=process_count)
 
   def rows(step):
     return order.batch_examples(
-        data_seed, step, num_examples=data.train.num_examples,
-        global_batch_size=global_batch_size, epoch=epoch,
-        process_index=process_index, process_count=process_count)
+        data_seed, step, num_examples=source.num_examples,
+        global_batch_size=global_batch_size, epoch=epoch, **processes)
 
-  rows(start_step)
-  images = _images(data.train, data.train_ops, data.image_shape, data_seed,
-                   rows, start_step, None)
-  return ({'image': image, 'label': data.train.labels[index]}
-          for index, image in images)
+  size = len(rows(start_step)[1])
+  if source.streamed and epoch != 'exact':
+    raise ValueError(
+        f'A streamed source has no input.epoch={epoch!r}.\n'
+        "Use input.epoch='exact', or copy the data to a local disk.")
+  if source.streamed:
+    source.files_of(**processes, data_seed=data_seed)  # raises if too few
+
+  def rows_from(first):
+    if not source.streamed:
+      for step in itertools.count(first):
+        yield (*rows(step), None)
+    records = source.shuffled(data_seed, first * size, **processes)
+    while True:
+      yield _columns(itertools.islice(records, size))
+
+  job = Job(source, bad_images.TRAIN, data.train_ops, data.image_shape,
+            data_seed, data.bad, rows_from, lambda step: size)
+  return ({'image': image, 'label': label}
+          for image, label, ok in job.run(start_step, None))
 
 
 def eval_batches(data, split, *, global_batch_size, process_index=0,
@@ -208,13 +267,16 @@ def eval_batches(data, split, *, global_batch_size, process_index=0,
     process_count: divides B; b = B / process_count.
 
   Returns:
-    Iterator of ceil(N / B) batches, the same number on every process:
-    {'image': uint8 [b, H, W, C], 'label': int32 [b], 'mask': bool [b]}. Rows
-    with mask False pad the last batch; they hold zeros.
+    Iterator of ceil(N / B) batches (streamed: of as many as the process with
+    the most records fills), the same number on every process:
+    {'image': uint8 [b, H, W, C], 'label': int32 [b], 'mask': bool [b],
+    'unreadable': bool [b]}. Rows with mask False hold zeros: they stand for
+    images that cannot be read, or pad the last batch. Over all batches and
+    processes, mask and unreadable together count N.
 
   Raises:
     ValueError: an unknown split, one without examples, or a batch size that
-      does not divide (at the call); an image that cannot be read.
+      does not divide (at the call).
   """
   if split not in data.evals:
     raise ValueError(f'The data has no part {split!r} to evaluate.\n'
@@ -229,45 +291,134 @@ def eval_batches(data, split, *, global_batch_size, process_index=0,
         f'{process_count} processes.\n'
         f'Make it a positive multiple of {process_count}.')
   size = global_batch_size // process_count
+  if source.streamed:
+    files = source.files_of(process_index, process_count)
+    mine = source.num_records(files)
+    most = max(source.num_records(source.files_of(p, process_count))
+               for p in range(process_count))
+    count = -(-most // size)
+    first = lambda batch: batch * size
+  else:
+    mine = source.num_examples
+    count = -(-mine // global_batch_size)
+    first = lambda batch: batch * global_batch_size + process_index * size
 
-  def rows(batch):
-    first = batch * global_batch_size + process_index * size
-    index = np.arange(first, min(first + size, source.num_examples))
-    return np.zeros_like(index), index
+  def rows_from(start):
+    if source.streamed:
+      stream = ((0, *pair) for pair in source.sequence(files, first(start)))
+    for batch in range(start, count):
+      if source.streamed:
+        yield _columns(itertools.islice(stream, size))
+      else:
+        index = np.arange(first(batch), min(first(batch) + size, mine))
+        yield np.zeros_like(index), index, None
 
   def pad(x):
     return np.concatenate([x, np.zeros((size - len(x), *x.shape[1:]), x.dtype)])
 
-  images = _images(source, data.eval_ops, data.eval_shape, 0, rows, 0,
-                   -(-source.num_examples // global_batch_size))
-  return ({'image': pad(image), 'label': pad(source.labels[index]),
-           'mask': pad(np.ones(len(index), bool))}
-          for index, image in images)
+  job = Job(source, split, data.eval_ops, data.eval_shape, 0, data.bad,
+            rows_from, lambda batch: min(max(mine - first(batch), 0), size))
+  return ({'image': pad(image), 'label': pad(label), 'mask': pad(ok),
+           'unreadable': pad(~ok)}
+          for image, label, ok in job.run(0, count))
 
 
-def _images(source, ops, shape, data_seed, rows, start, count):
-  """Yields (index int64 [n], uint8 [n, *shape]) for `rows` of each step.
+def _columns(rows):
+  """(epoch, index, record) triples as (int64 [n], int64 [n], list)."""
+  epoch, index, records = zip(*rows, strict=True) if (
+      rows := list(rows)) else ((), (), ())
+  return np.array(epoch, np.int64), np.array(index, np.int64), list(records)
 
-  Args:
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """What the engines carry out: rows of steps, to be read and preprocessed.
+
+  Attributes:
     source: what to read.
+    part: its name, 'train' or a key of `Data.evals`.
     ops: what to apply.
     shape: (H, W, C) that results.
     data_seed: int.
-    rows: function of a step: (epoch, index), each int64 [n]. n is the same at
-      all steps but the last; once it is 0 it stays so.
-    start: the first step.
-    count: how many steps; None is endless.
+    bad: bad_images.BadImages.
+    rows_from: function of a step: an iterator of (epoch int64 [n], index int64
+      [n], records) of that and the following steps; records are a list where
+      the source is streamed, else None.
+    size: function of a step: n. The same at all steps but the last; once it is
+      0 it stays so.
   """
-  stream = _numpy_images
-  if not source.in_memory:
-    try:
-      # Here, so that everything else runs without TensorFlow.
-      from input_pipeline import pipeline_tf
-      stream = pipeline_tf.images
-    except ImportError as e:
-      logging.info('Decoding with Pillow, because TensorFlow is not here (%s).',
-                   e)
-  return stream(source, ops, shape, data_seed, rows, start, count)
+  source: sources.Source
+  part: str
+  ops: tuple[ops_.Op, ...]
+  shape: tuple[int, int, int]
+  data_seed: int
+  bad: bad_images.BadImages
+  rows_from: Callable
+  size: Callable
+
+  def run(self, start, count):
+    """Yields (uint8 [n, *shape], label int32 [n], ok bool [n]) of each step.
+
+    Args:
+      start: the first step.
+      count: how many steps; None is endless.
+    """
+    engine = _numpy_images
+    if not self.source.in_memory:
+      try:
+        # Here, so that everything else runs without TensorFlow.
+        from input_pipeline import pipeline_tf
+        engine = pipeline_tf.images
+      except ImportError as e:
+        logging.info(
+            'Decoding with Pillow, because TensorFlow is not here (%s).', e)
+    for image, label, ok in engine(self, start, count):
+      if self.part == bad_images.TRAIN and not ok.all():
+        take = _next_ok(ok)
+        image, label, ok = image[take], label[take], ok[take]
+      yield image, label, ok
+
+  def first_readable(self, epoch, index, record, load):
+    """What `load` makes of an example, or of the one in its place.
+
+    Args:
+      epoch: int.
+      index: int.
+      record: of a streamed source, or None.
+      load: function of (index, record).
+
+    Returns:
+      What `load` returned; None if the example cannot be read and has no
+      substitute: in evaluation, and in streams.
+
+    Raises:
+      ValueError: too many images cannot be read.
+    """
+    substitutes = self.part == bad_images.TRAIN and not self.source.streamed
+    for attempt in range(_SUBSTITUTES + 1 if substitutes else 1):
+      i = int(index) if not attempt else order.substitute(
+          self.data_seed, epoch, index, attempt, self.source.num_examples)
+      if self.bad.knows(self.part, i):
+        continue
+      try:
+        return load(i, record)
+      except READ_ERRORS as e:
+        self.bad.add(self.part, self.source, i, e)
+    if substitutes:
+      raise ValueError(
+          f'{self.source.describe(index)} cannot be read, nor {_SUBSTITUTES} '
+          'others drawn in its place.\n'
+          'Lower input.max_bad_fraction, and repair or remove the images.')
+    return None
+
+
+def _next_ok(ok):
+  """int64 [n]: each row of a batch, or the next good one after it."""
+  good = np.flatnonzero(ok)
+  if not len(good):
+    raise ValueError('A whole batch of streamed images cannot be read.\n'
+                     'Prepare the data set again, or use a larger batch.')
+  return good[np.searchsorted(good, np.arange(len(ok))) % len(good)]
 
 
 def steps(start, count):
@@ -283,52 +434,52 @@ def cpu_count():
   return os.cpu_count() or 1
 
 
-def _numpy_images(source, ops, shape, data_seed, rows, start, count):
+def _numpy_images(job, start, count):
   """The engine without TensorFlow; threads where there is decoding to do."""
+  source, ops, shape = job.source, job.ops, job.shape
+  rows = job.rows_from(start)
 
-  def load(index, draws):
-    return decode_example(source, index, ops, draws, shape[-1])
+  def load(epoch, index, draws, record):
+    return job.first_readable(epoch, index, record, functools.partial(
+        decode_example, source, ops, draws, shape[-1]))
 
   with concurrent.futures.ThreadPoolExecutor(cpu_count()) as pool:
     for step in steps(start, count):
-      epoch, index = rows(step)
-      draws = ops_.draw(ops, data_seed, epoch, index)
-      if not len(index):
-        images = []
-      elif source.encoded:
-        images = pool.map(load, index, draws)
+      if not job.size(step):
+        yield no_images(shape)
+        continue
+      epoch, index, records = next(rows)
+      draws = ops_.draw(ops, job.data_seed, epoch, index)
+      if source.encoded:
+        found = list(pool.map(
+            load, epoch, index, draws, records or [None] * len(index)))
+        none = np.zeros(shape, np.uint8), 0
+        images, labels = zip(*(f or none for f in found), strict=True)
+        ok = np.array([f is not None for f in found])
       else:
         pixels = ops_numpy.to_channels(source.read(index), shape[-1])
         images = [
             ops_numpy.apply(p, ops, ops_.views(ops, *p.shape[:2], d))
             for p, d in zip(pixels, draws, strict=True)]
-      images = list(images)
-      yield index, np.stack(images) if images else np.zeros((0, *shape), 'u1')
+        labels, ok = source.labels[index], np.ones(len(index), bool)
+      yield np.stack(images), np.array(labels, np.int32), ok
 
 
-def decode_example(source, index, ops, draws, channels):
-  """Reads one example of an encoded source through Pillow.
+def no_images(shape):
+  """What an engine yields for a step without rows."""
+  return np.zeros((0, *shape), np.uint8), np.zeros(0, 'i4'), np.zeros(0, bool)
 
-  Returns:
-    uint8 [h, w, channels].
+
+def decode_example(source, ops, draws, channels, index, record=None):
+  """(uint8 [h, w, channels], label) of an encoded source, through Pillow.
 
   Raises:
-    ValueError: it cannot be read, with its path.
+    READ_ERRORS: it cannot be read.
   """
-  try:
-    image = ops_numpy.decode(source.read([index])[0], channels)
-    return ops_numpy.apply(
-        image, ops, ops_.views(ops, *image.shape[:2], draws))
-  except READ_ERRORS as e:
-    raise unreadable(source, index, e) from e
-
-
-def unreadable(source, index, error):
-  """The ValueError for an example that cannot be read."""
-  return ValueError(
-      f'{source.describe(index)} cannot be read: {messages.one_line(error)}.\n'
-      'Repair or remove the image; if it is too small, resize before the crop.'
-  )
+  content, label = source.load(index, record)
+  image = ops_numpy.decode(content, channels)
+  return ops_numpy.apply(
+      image, ops, ops_.views(ops, *image.shape[:2], draws)), label
 
 
 def class_counts(data):

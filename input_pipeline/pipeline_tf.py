@@ -3,7 +3,13 @@
 Python chooses the rows and reads each file and its header; decoding and the
 ops run in TensorFlow's threads, in parallel and in order. What is in flight is
 bounded: by the number of threads, and two batches.
+
+Whether an image can be read is Pillow's verdict, in both engines: what
+TensorFlow's decoders refuse is given to Pillow, and what they might accept by
+looking at a part only was given to it before (`ops_tf.kind_of`).
 """
+import concurrent.futures
+
 import numpy as np
 import tensorflow as tf
 
@@ -13,45 +19,60 @@ from input_pipeline import ops_tf
 from input_pipeline import pipeline
 
 
-def images(source, ops, shape, data_seed, rows, start, count):
-  """As `pipeline._images`."""
-  stream = _dataset(source, ops, shape, data_seed, rows, start, count)
-  stream = stream.as_numpy_iterator()
+def images(job, start, count):
+  """As `pipeline.Job.run`."""
+  for_pillow = set()  # examples that TensorFlow's decoders refused
+  stream = _dataset(job, start, count, for_pillow)
   for step in pipeline.steps(start, count):
-    epoch, index = rows(step)
-    if not len(index):
-      yield index, np.zeros((0, *shape), np.uint8)
+    if not job.size(step):
+      yield pipeline.no_images(job.shape)
       continue
-    try:
-      image = next(stream)
-    except tf.errors.OpError as e:
-      # The graph knows no paths. Batches come in order, so it is one of these.
-      draws = ops_.draw(ops, data_seed, epoch, index)
-      for i, d in zip(index, draws, strict=True):
-        try:
-          _load(source, ops, shape, i, d)
-        except (tf.errors.OpError, *pipeline.READ_ERRORS) as cause:
-          # If Pillow fails, too, its words are plainer.
-          pipeline.decode_example(source, i, ops, d, shape[-1])
-          raise pipeline.unreadable(
-              source, i, getattr(cause, 'message', cause)) from cause
-      raise RuntimeError(
-          'The input pipeline failed, on no image in particular.') from e
-    yield index, image
+    while True:
+      try:
+        batch = next(stream)
+        break
+      except tf.errors.OpError as e:
+        if job.bad.error:
+          raise job.bad.error from None
+        _raise_own_errors(job, step)
+        refused = _refused(job, step, for_pillow)
+        if not refused:
+          raise RuntimeError(
+              'The input pipeline failed, on no image in particular.') from e
+        for_pillow |= refused
+        # Each file costs this once, and few are broken in such a manner.
+        stream = _dataset(
+            job, step, count and start + count - step, for_pillow)
+    if job.bad.error:  # met by rows ahead, whose own error may be lost
+      raise job.bad.error
+    yield batch
 
 
-def _dataset(source, ops, shape, data_seed, rows, start, count):
-  """A tf.data.Dataset of uint8 [n, *shape], for `count` steps."""
+def _dataset(job, start, count, for_pillow):
+  """An iterator of (image, label, ok) for `count` steps."""
+  rows = job.rows_from(start)
 
   def choose(step):
-    epoch, index = rows(int(step))
-    draws = ops_.draw(ops, data_seed, epoch, index)
+    del step  # `rows` counts for itself; this map is sequential
+    epoch, index, records = next(rows)
+    draws = ops_.draw(job.ops, job.data_seed, epoch, index)
     # A column to spare: TensorFlow 2.21 crashes on rows of no elements.
-    return index, np.pad(draws, ((0, 0), (0, 1)))
+    draws = np.pad(draws, ((0, 0), (0, 1)))
+    records = np.array(records or [b''] * len(index), object)
+    return epoch, index, draws, records
 
   def choose_in_graph(step):
-    index, draws = tf.numpy_function(choose, [step], [tf.int64, tf.float64])
-    return tf.ensure_shape(index, [None]), tf.ensure_shape(draws, [None, None])
+    epoch, index, draws, records = tf.numpy_function(
+        choose, [step], [tf.int64, tf.int64, tf.float64, tf.string])
+    return (tf.ensure_shape(epoch, [None]), tf.ensure_shape(index, [None]),
+            tf.ensure_shape(draws, [None, None]),
+            tf.ensure_shape(records, [None]))
+
+  def load(*row):
+    outputs = tf.numpy_function(
+        lambda *row: _fetch(job, for_pillow, *row)[1:], row,
+        [tf.bool, tf.int32, tf.string, tf.int32, tf.int32, tf.int32])
+    return _decode(job, *outputs)
 
   threads = pipeline.cpu_count()
   options = tf.data.Options()
@@ -62,29 +83,73 @@ def _dataset(source, ops, shape, data_seed, rows, start, count):
   options.threading.max_intra_op_parallelism = 1
   data = tf.data.Dataset.counter(start)
   if count is not None:
-    data = data.take(count)
-  return (
+    # Once there are no rows, there are none at all later steps.
+    data = data.take(sum(job.size(start + s) > 0 for s in range(count)))
+  return iter(
       data.map(choose_in_graph).unbatch()
-      .map(lambda i, d: _load(source, ops, shape, i, d),
-           num_parallel_calls=threads, deterministic=True)
-      .batch(len(rows(start)[1])).prefetch(2).with_options(options))
+      .map(load, num_parallel_calls=threads, deterministic=True)
+      .batch(max(job.size(start), 1)).prefetch(2).with_options(options)
+      .as_numpy_iterator())
 
 
-def _load(source, ops, shape, index, draws):
-  """One image, uint8 `shape`, from its index and its random numbers."""
+def _fetch(job, for_pillow, epoch, index, draws, record):
+  """Reads a row's image, or the one in its place.
 
-  def fetch(index, draws):
-    content = source.read([index])[0]
+  Returns:
+    (index, ok, label, content, kind, size, views): the index that was read;
+    content and kind as `ops_tf.decode` takes them. Zeros if nothing is ok.
+  """
+
+  def load(i, record):
+    content, label = job.source.load(i, record)
     image = ops_numpy.open_image(content)
     width, height = image.size
-    views = ops_.views(ops, height, width, draws)
-    return (content, np.int32(ops_tf.kind_of(image)),
+    kind, content = ops_tf.prepare(content, image, i not in for_pillow)
+    views = ops_.views(job.ops, height, width, draws)
+    return (i, np.bool_(True), np.int32(label), content, np.int32(kind),
             np.array([height, width], np.int32), np.array(views, np.int32))
 
-  content, kind, size, views = tf.numpy_function(
-      fetch, [index, draws], [tf.string, tf.int32, tf.int32, tf.int32])
-  views = tf.ensure_shape(views, [len(ops), len(ops_.View._fields)])
-  image = ops_tf.load(
-      tf.ensure_shape(content, []), tf.ensure_shape(kind, []),
-      tf.ensure_shape(size, [2]), views, ops, shape[-1])
-  return tf.ensure_shape(image, shape)
+  record = record if job.source.streamed else None
+  found = job.first_readable(epoch, index, record, load)
+  return found or (
+      index, np.bool_(False), np.int32(0), b'', np.int32(0),
+      np.zeros(2, np.int32), np.zeros((len(job.ops), len(ops_.View._fields)),
+                                      np.int32))
+
+
+def _decode(job, ok, label, content, kind, size, views):
+  """(image uint8 `shape`, label, ok) of what `_fetch` returned."""
+  ok, label, content, kind = (
+      tf.ensure_shape(x, []) for x in (ok, label, content, kind))
+  size = tf.ensure_shape(size, [2])
+  views = tf.ensure_shape(views, [len(job.ops), len(ops_.View._fields)])
+  image = tf.cond(
+      ok,
+      lambda: tf.ensure_shape(
+          ops_tf.load(content, kind, size, views, job.ops, job.shape[-1]),
+          job.shape),
+      lambda: tf.zeros(job.shape, tf.uint8))
+  return image, label, ok
+
+
+def _raise_own_errors(job, step):
+  """Raises what `rows_from` raises at a step: the graph knows only its text."""
+  next(job.rows_from(step))
+
+
+def _refused(job, step, for_pillow):
+  """The examples of a step that TensorFlow fails to decode."""
+  epoch, index, records = next(job.rows_from(step))
+  draws = ops_.draw(job.ops, job.data_seed, epoch, index)
+
+  def refused(*row):
+    i, *fetched = _fetch(job, for_pillow, *row)
+    try:
+      _decode(job, *map(tf.convert_to_tensor, fetched))
+    except tf.errors.OpError:
+      return int(i)
+
+  with concurrent.futures.ThreadPoolExecutor(pipeline.cpu_count()) as pool:
+    return {i for i in pool.map(
+        refused, epoch, index, draws, records or [b''] * len(index))
+            if i is not None}

@@ -28,9 +28,11 @@ class Source:
     encoded: whether `read` gives image files (bytes) or pixels.
     in_memory: whether reading touches no disk.
     image_shape: (H, W, C) of raw pixels; None where encoded.
+    streamed: read in an order of its own, not by index; see `tfds_source`.
   """
   encoded = False
   in_memory = True
+  streamed = False
   image_shape = None
 
   def __init__(self, labels, class_names):
@@ -49,6 +51,16 @@ class Source:
   def read(self, indices):
     """Encoded: list of bytes. Raw: uint8 [n, H, W, C]."""
     raise NotImplementedError
+
+  def load(self, index, record=None):
+    """(bytes of the image file, int label) of one example.
+
+    Args:
+      index: of the example.
+      record: what a streamed source yielded for it.
+    """
+    del record
+    return self.read([index])[0], int(self.labels[index])
 
   def describe(self, index):
     """What to call an example in an error message: a path, or a number."""
@@ -139,10 +151,10 @@ def hold_out(source, names, count):
   Returns:
     (train, held out), two sources, each in the order of `source`.
   """
-  draws = np.array([
+  draws = np.fromiter((
       int.from_bytes(
           hashlib.blake2b(f'hold-out/{n}'.encode(), digest_size=8).digest())
-      for n in names], np.uint64)
+      for n in names), np.uint64)
   per_class = np.bincount(source.labels, minlength=len(source.class_names))
   share = count * per_class / max(source.num_examples, 1)
   take = np.floor(share).astype(np.int64)
@@ -382,4 +394,19 @@ def folder(path, holdout, classes):
   return folder_.open_splits(path, holdout, classes)
 
 
-SOURCES = {'digits': digits, 'arrays': arrays, 'folder': folder}
+# Keys of `input` that only source='tfds' obeys, with the value that they must
+# have elsewhere.
+TFDS_ONLY = dict(
+    data_dir='', train_split='train', eval_split='', stream=False,
+    window=16384)
+
+
+def tfds(path, holdout, classes, **options):
+  """Prepared TFDS data; options: TFDS_ONLY's, see `tfds_source.open_splits`."""
+  del holdout  # its splits are named
+  from input_pipeline import tfds_source
+  return tfds_source.open_splits(
+      path, classes=classes, **{**TFDS_ONLY, **options})
+
+
+SOURCES = {'digits': digits, 'arrays': arrays, 'folder': folder, 'tfds': tfds}

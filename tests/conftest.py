@@ -17,6 +17,14 @@ import pytest  # noqa: E402
 from tests import runs  # noqa: E402
 
 
+@pytest.fixture(scope='session', autouse=True)
+def _own_cache_folder(tmp_path_factory):
+  """Indices of data sets go to a folder of the session, not to the user's."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
+    yield
+
+
 @pytest.fixture(scope='session')
 def cache(tmp_path_factory):
   """A compilation cache for the session: equal programs compile once."""

@@ -8,6 +8,8 @@ COMMANDS = {
     # command: (module, one line)
     'train': ('vit_jax.train', 'train a model as a config says'),
     'plan': ('vit_jax.commands.plan', 'what a config will compute and cost'),
+    'check-data': ('vit_jax.commands.check_data', 'decodes, counts all images'),
+    'soak': ('vit_jax.commands.soak', 'memory of the input pipeline over time'),
     'doctor': ('vit_jax.commands.doctor', 'versions, devices, mismatches'),
     'results': ('vit_jax.commands.results', 'final metrics of runs, by config'),
 }

@@ -17,7 +17,7 @@ from vit_jax import durations
 # HOW a run is done: may change when it is resumed. Every other key says WHAT
 # is computed; a change of those is another experiment.
 HOW = ('mesh', 'prefetch', 'log', 'eval', 'evaluators', 'checkpoint',
-       'compilation_cache', 'model.remat', 'input.path')
+       'compilation_cache', 'model.remat', 'input.path', 'input.data_dir')
 
 
 def is_how(path):
@@ -42,10 +42,14 @@ def differences(old, new):
   old, new = flatten(old), flatten(new)
   absent = '(absent)'
   what, how = [], []
+  # A path says where data lies; only TFDS's says which data it is.
+  sources = old.get('input.source'), new.get('input.source')
+  named = {'input.path'} if 'tfds' in sources else set()
   for path in sorted(old.keys() | new.keys()):
     a, b = old.get(path, absent), new.get(path, absent)
     if a != b:
-      (how if is_how(path) else what).append(f'{path}: {a} -> {b}')
+      may_change = is_how(path) and path not in named
+      (how if may_change else what).append(f'{path}: {a} -> {b}')
   return what, how
 
 

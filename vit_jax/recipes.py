@@ -50,8 +50,8 @@ def base():
   c.global_batch_size = 2048  # over all devices and processes
 
   c.input = dict(
-      source='digits',  # digits | arrays | folder
-      path='',          # of the .npz file or the folder
+      source='digits',  # digits | arrays | folder | tfds
+      path='',          # of the .npz file or the folder; tfds: name:version
       classes='',       # a classes.json that fixes the order of classes
       holdout=0.1,      # evaluation share where the data has no such part
       channels=3,
@@ -61,6 +61,12 @@ def base():
       mean=(0.5,), std=(0.5,),  # (x/255 - mean) / std, one or one a channel
       num_train=0,      # expected training examples; 0: as found
       num_classes=0,    # expected classes; 0: as found
+      max_bad_fraction=0.001,  # of training images that may be unreadable
+      # Only source='tfds':
+      data_dir='',      # where TFDS prepared it; '': TFDS's default
+      train_split='train', eval_split='',  # '': validation or test
+      stream=False,     # stream TFRecord files of a local disk, too
+      window=16384,     # records within which a stream is shuffled
   )
   c.model = dict(
       size='4GF', stem='conv', pool='token', pos_embedding='learned',

@@ -105,7 +105,7 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
   model = vit.create(
       num_classes=len(data.class_names), **train_state.model_fields(
           config.model, frozen))
-  check_image_size(model, data)
+  check_images(config.input, model, data)
   check_batch_norm_group(model, batch_size)
   variables = train_state.abstract_variables(model, data.image_shape, mesh)
   trained, _ = param_paths.split(variables['params'], frozen)
@@ -155,10 +155,12 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
   step_fn = compile_step(
       train_step.make(loss_fn, make_tx, schedule, ema_alpha), abstract_state,
       sharding.abstract_batch(data.image_shape, batch_size, mesh), hypers, mesh)
+  bad_files = workdir_lib.bad_files(workdir)
   batches = input_pipeline.to_device.prefetch(
       train_batches(start_step=start), sharding.batch(mesh), size=prefetch)
 
-  with preemption.Stop() as stop, batches, writer, manager:
+  with preemption.Stop() as stop, data.bad.saved_to(bad_files), batches, \
+      writer, manager:
     stream = batches
     if overfit_batch:
       stream = itertools.repeat(next(batches))
@@ -177,6 +179,7 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
         check_finite(metrics, manager)
         writer.write_train(step, {**metrics, **speed.lap(batch_size)},
                            step / units.steps_per_epoch)
+        data.bad.save(bad_files)
 
       with speed.pause():
         if eval_due(step):
@@ -205,12 +208,19 @@ def check_expectations(config, data):
           'Give the right data, or set the key to 0 to take what is there.')
 
 
-def check_image_size(model, data):
+def check_images(config, model, data):
   """Raises ValueError for images that the model cannot take; warns of crops."""
   if data.eval_shape != data.image_shape:
     raise ValueError(
         f'Training images are {data.image_shape} and evaluation images '
         f'{data.eval_shape}.\nLet input.pp and input.eval_pp end in one size.')
+  channels = data.image_shape[-1]
+  for key in ('mean', 'std'):
+    if len(config[key]) not in (1, channels):
+      raise ValueError(
+          f'input.{key} has {len(config[key])} values, input.channels is '
+          f'{channels}.\n'
+          'Give one value for all, or one for each of input.channels.')
   _, cropped = vit.token_grid(model.stem.patch, data.image_shape[:2])
   if any(cropped):
     say(f'warning: {cropped[0]} rows and {cropped[1]} columns of pixels do not '

@@ -67,6 +67,13 @@ def prepare(workdir, config, overfit_batch=False):
   return new
 
 
+def bad_files(workdir):
+  """Path of the list of unreadable images; other processes have their own."""
+  process = jax.process_index()
+  return os.path.join(
+      workdir, f'bad_files_{process}.json' if process else 'bad_files.json')
+
+
 def record(workdir, resolved, class_names):
   """Writes config.json and classes.json, and a line about this launch."""
   if jax.process_index():

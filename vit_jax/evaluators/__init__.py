@@ -73,7 +73,9 @@ class Suite:
         self.by_class[label] = evaluator.by_class
         say(f'step {step} {label}: top-1 {found["top1"]:.2%}, top-5 '
             f'{found["top5"]:.2%}, loss {found["loss"]:.4f}, evaluated '
-            f'{found["count"]}/{evaluator.num_examples}')
+            f'{found["count"]:,}/{evaluator.num_examples:,}'
+            + (f', {found["unreadable"]:,} unreadable'
+               if found['unreadable'] else ''))
     if row:
       writer.write(step, row)
     return row

@@ -45,7 +45,10 @@ class Classification:
                          out_shardings=sharding.replicated(mesh))
 
   def run(self, variables, should_stop=lambda: False):
-    """Yields (name, value): top1, top5, loss (fractions, nats), count, ...
+    """Yields (name, value): top1, top5, loss (fractions, nats), counts.
+
+    `count` examples were evaluated, `unreadable` ones had no image; together
+    they are the whole split.
 
     Args:
       variables: what `model.apply` takes.
@@ -54,6 +57,7 @@ class Classification:
 
     Raises:
       RuntimeError: an example was not counted exactly once.
+      ValueError: no image of the split can be read.
     """
     sums = None
     batches = input_pipeline.to_device.prefetch(
@@ -68,13 +72,20 @@ class Classification:
             np.int64 if x.dtype.kind == 'i' else np.float64), new)
         sums = new if sums is None else jax.tree.map(np.add, sums, new)
     count = int(sums['class_count'].sum())
-    if count != self.num_examples:
-      raise RuntimeError(f'evaluated {count}/{self.num_examples} examples')
+    unreadable = int(sums['unreadable'])
+    if count + unreadable != self.num_examples:
+      raise RuntimeError(f'evaluated {count}/{self.num_examples} examples, '
+                         f'{unreadable} unreadable')
+    if not count:
+      raise ValueError(
+          f'None of the {unreadable} images to evaluate can be read.\n'
+          'Repair them; `vit-jax check-data` says what is wrong.')
     self.by_class = _by_class(sums, self.class_names)
     yield 'top1', float(sums['class_top1'].sum() / count)
     yield 'top5', float(sums['top5'] / count)
     yield 'loss', float(sums['loss'] / count)
     yield 'count', count
+    yield 'unreadable', unreadable
 
 
 def _by_class(sums, class_names):
@@ -106,6 +117,7 @@ def _make_step(predict, num_classes):
             one_hot * (rank < 1)[:, None].astype(jnp.int32), axis=0),
         'top5': jnp.sum(mask & (rank < 5)),
         'loss': jnp.sum(jnp.where(mask, loss, 0.0)),
+        'unreadable': jnp.sum(batch['unreadable']),
     }
 
   return step
