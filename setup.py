@@ -30,6 +30,7 @@ CORE = [
 TENSORFLOW = [
     'tensorflow>=2.19,<3',
     'tensorflow-datasets>=4.9.8,<5',
+    'importlib_resources>=6,<8',  # tfds's command line needs it unsaid
 ]
 
 setup(
