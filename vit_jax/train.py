@@ -46,6 +46,8 @@ from vit_jax import pace
 from vit_jax import param_paths
 from vit_jax import precise_bn
 from vit_jax import preemption
+from vit_jax import ranges
+from vit_jax import recipes
 from vit_jax import schedules
 from vit_jax import sharding
 from vit_jax import train_state
@@ -82,6 +84,7 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
     ValueError, OSError: bad input, before anything is compiled.
     NonFiniteLoss, Stopped, checkpoint.SaveFailed: see there.
   """
+  config_lib.check_types(config, recipes.base())
   config = config_lib.track(config)
   devices.check()
   devices.enable_compilation_cache(config.compilation_cache)
@@ -111,7 +114,8 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
   check_batch_norm_group(model, batch_size)
   variables = train_state.abstract_variables(model, data.image_shape, mesh)
   trained, _ = param_paths.split(variables['params'], frozen)
-  normalize = train_step.normalizer(config.input.mean, config.input.std)
+  normalize = train_step.normalizer(
+      config.input.mean, config.input.std, data.image_shape[-1])
   loss_fn = train_step.make_classification_loss(
       model, len(data.class_names), normalize, config.loss)
   make_tx = optimizer.create(config.optimizer, trained)
@@ -139,7 +143,7 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
   given = checkpoint.init_from(config.init_from, variables)
   manager = checkpoint.Manager(
       workdir, config.checkpoint.keep_last, config.checkpoint.keep_best)
-  prefetch = config.prefetch
+  prefetch = ranges.check('prefetch', config.prefetch, 1)
   logger = wandb_logger.Logger(config.wandb, workdir, resolved)
   evals.check_metric(config.checkpoint.keep_best, ema_alpha is not None)
   config_lib.check_all_read(config)
