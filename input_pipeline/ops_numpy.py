@@ -26,6 +26,8 @@ def open_image(content):
   except UnidentifiedImageError:  # its text is the address of a BytesIO
     raise OSError(
         f'it is damaged, or none of {", ".join(FORMATS)}') from None
+  except Image.DecompressionBombError as e:  # which is no OSError
+    raise OSError(str(e)) from None
 
 
 def decode(content, channels):

@@ -16,7 +16,7 @@ from vit_jax import train_state
 from vit_jax import train_step
 from vit_jax.models import vit
 
-NORMALIZE = train_step.normalizer((0.5,), (0.25,))
+NORMALIZE = train_step.normalizer((0.5,), (0.25,), 3)
 # Darker from image to image, so that batches and groups differ.
 IMAGES = np.random.default_rng(3).integers(
     0, 256, (4, B, 32, 32, 3)) * 50 // np.arange(50, 50 + 4 * B).reshape(

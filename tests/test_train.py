@@ -187,7 +187,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
 def test_a_non_finite_loss_stops_with_its_step(cache, tmp_path):
   c = runs.short(cache, steps=8)
   c.log.every_steps = 100
-  c.optimizer.lr = float('inf')
+  c.optimizer.lr = 1e38
   with pytest.raises(train.NonFiniteLoss, match=r'loss of step [23] '):
     train.train_and_evaluate(c, str(tmp_path))
   saved = os.path.join(str(tmp_path), 'checkpoints')

@@ -19,7 +19,7 @@ from vit_jax.models import vit
 
 STEPS = 5
 UNITS = durations.Units(num_examples=160, batch_size=32, steps_per_epoch=5)
-NORMALIZE = train_step.normalizer((0.5,), (0.5,))
+NORMALIZE = train_step.normalizer((0.5,), (0.5,), 1)
 
 
 def batches():
@@ -142,7 +142,7 @@ def test_normalisation_is_of_fractions():
   x = jnp.arange(256, dtype=jnp.uint8).reshape(1, 16, 16, 1)
   np.testing.assert_allclose(
       NORMALIZE(x).reshape(-1), np.arange(256) / 127.5 - 1, atol=1e-6)
-  rgb = train_step.normalizer((0.1, 0.2, 0.3), (1.0, 2.0, 4.0))
+  rgb = train_step.normalizer((0.1, 0.2, 0.3), (1.0, 2.0, 4.0), 3)
   np.testing.assert_allclose(
       rgb(jnp.full((1, 1, 1, 3), 255, jnp.uint8)).reshape(-1),
       [0.9, 0.4, 0.175], rtol=1e-6)

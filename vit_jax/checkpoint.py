@@ -6,6 +6,7 @@ Where a run's state comes from, first match wins:
   3. `init_from.run`: weights only, at step 0;
   4. the initialisation.
 """
+import contextlib
 import logging
 import os
 import shutil
@@ -18,6 +19,15 @@ from vit_jax import param_paths
 from vit_jax.metric_writer import say
 
 FOLDER = 'checkpoints'
+
+# Each of Orbax's threads logs the traceback of a failed save; `Manager` says it
+# once, in two lines.
+logging.getLogger('absl').addFilter(
+    lambda record: record.exc_info is None or 'orbax' not in record.pathname)
+
+
+class SaveFailed(RuntimeError):
+  """The state that a run ends with could not be written."""
 
 
 class Manager:
@@ -40,13 +50,18 @@ class Manager:
       raise ValueError(f'checkpoint.keep_last={keep_last}.\nKeep at least 1.')
     self._keep_best = keep_best
     self._folder = os.path.join(str(workdir), FOLDER)
+    self._keep_last = keep_last
+    self._saving, self._failure = None, ''
+    self._manager = self._open()
+
+  def _open(self):
     policies = ocp.checkpoint_managers
-    keep = [policies.LatestN(keep_last)]
-    if keep_best:
+    keep = [policies.LatestN(self._keep_last)]
+    if self._keep_best:
       keep.append(policies.BestN(
-          n=1, get_metric_fn=lambda metrics: metrics[keep_best],
+          n=1, get_metric_fn=lambda metrics: metrics[self._keep_best],
           keep_checkpoints_without_metrics=False))
-    self._manager = ocp.CheckpointManager(
+    return ocp.CheckpointManager(
         _absolute(self._folder),
         options=ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(keep),
@@ -86,6 +101,9 @@ class Manager:
   def save(self, state, metrics=None):
     """Starts saving `state`; returns before the files are written.
 
+    If that fails (the disk is full, say) a warning says so, here or later, the
+    checkpoints before it stay, and the next call tries again.
+
     Args:
       state: `TrainState`. One with a non-finite step is not saved.
       metrics: evaluation rows of this very step, for `keep_best`.
@@ -98,19 +116,60 @@ class Manager:
     if broken or step in self._manager.all_steps():
       return False
     metrics = metrics if metrics and self._keep_best in metrics else None
-    return self._manager.save(
-        step, args=ocp.args.StandardSave(state), metrics=metrics, force=True)
+    self.wait()
+    self._saving, self._failure = step, ''
+    try:
+      return self._manager.save(
+          step, args=ocp.args.StandardSave(state), metrics=metrics, force=True)
+    except Exception as e:
+      self._recover(e)
+      return False
 
   def wait(self):
-    """Blocks until what was started is on disk."""
-    self._manager.wait_until_finished()
+    """Blocks until what was started is on disk, or has failed."""
+    try:
+      self._manager.wait_until_finished()
+    except Exception as e:
+      self._recover(e)
+
+  def finish(self):
+    """`wait` at the end of a run, where no other save will make up for it.
+
+    Raises:
+      SaveFailed: the newest save failed.
+    """
+    self.wait()
+    if self._failure:
+      raise SaveFailed(
+          f'{self._failure}\nFree some space and run the same command again: '
+          f'it goes on from step {self.latest_step()}.')
 
   def __enter__(self):
     return self
 
   def __exit__(self, *_):
     """Finishes what is being written, also when an exception passes."""
+    self.wait()
     self._manager.close()
+
+  def _recover(self, error):
+    """Warns of a failed save; makes the manager usable again."""
+    self._failure = (f'The checkpoint of step {self._saving} cannot be written '
+                     f'({_first_line(error)}).')
+    if jax.process_count() > 1:
+      # The others may have written their part: they could not agree on what
+      # there is.
+      raise SaveFailed(f'{self._failure}\nFree some space and run the same '
+                       'command again.') from error
+    # A manager that failed raises the same error again, and has forgotten the
+    # checkpoints that it was about to remove. A new one also removes what is
+    # left of the failed one.
+    with contextlib.suppress(Exception):
+      self._manager.close()
+    self._manager = self._open()
+    say(f'warning: {self._failure}\n  Free some space: training goes on, the '
+        'next save tries again, and until then the newest is that of step '
+        f'{self.latest_step()}.')
 
   def _set_aside(self, step):
     """Renames a damaged checkpoint, so that its step can be saved again."""

@@ -13,7 +13,7 @@ def pick(table, name, kind):
   Raises:
     ValueError: no such name; cause and remedy on a line each.
   """
-  if name in table:
+  if isinstance(name, str) and name in table:
     return table[name]
   raise ValueError(unknown(name, table, kind))
 
@@ -23,5 +23,5 @@ def unknown(name, known, kind):
   known = [str(k) for k in known]
   close = difflib.get_close_matches(str(name), known, 1, 0.6)
   hint = f'Did you mean {close[0]!r}? ' if close else ''
-  return (f'Unknown {kind} {name!r}.\n'
+  return (f'Unknown {kind} {str(name)[:60]!r}.\n'
           f'{hint}There is: {", ".join(known) or "nothing"}.')

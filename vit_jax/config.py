@@ -17,7 +17,8 @@ from vit_jax import durations
 # HOW a run is done: may change when it is resumed. Every other key says WHAT
 # is computed; a change of those is another experiment.
 HOW = ('mesh', 'prefetch', 'log', 'eval', 'evaluators', 'checkpoint',
-       'compilation_cache', 'model.remat', 'input.path', 'input.data_dir')
+       'wandb', 'compilation_cache', 'model.remat', 'input.path',
+       'input.data_dir')
 
 
 def is_how(path):
@@ -61,8 +62,16 @@ class _Tracked(ConfigDict):
   """
 
   def __getitem__(self, key):
-    value = ConfigDict.__getitem__(self, key)
     track = self.__dict__.get('_track')
+    try:
+      value = ConfigDict.__getitem__(self, key)
+    except KeyError:
+      if not track or str(key).startswith('_'):
+        raise
+      path = '.'.join((*self.__dict__['_path'], str(key)))
+      raise ValueError(
+          f'The config has no key {path!r}, which is needed.\nStart it from '
+          'recipes.base() and the sections of recipes.') from None
     is_leaf = not (isinstance(value, ConfigDict) and len(value))
     if track and not track['paused'] and '.' not in str(key) and is_leaf:
       track['read'].add((*self.__dict__['_path'], str(key)))
@@ -103,6 +112,38 @@ def track(config, path=(), _state=None):
     if isinstance(value, ConfigDict):
       track(value, (*path, str(key)), state)
   return config
+
+
+def check_types(config, base, prefix=''):
+  """Raises ValueError for a leaf or section of another type than base's.
+
+  Keys that only one of the two has are the business of `check_all_read`, and
+  of what reads them.
+  """
+  for key in sorted(set(config) & set(base)):
+    path, value, wanted = f'{prefix}{key}', config[key], base[key]
+    if isinstance(wanted, ConfigDict):
+      if not isinstance(value, ConfigDict):
+        raise ValueError(f'{path}={_short(value)} is no section.\nIt has keys, '
+                         f'such as {", ".join(sorted(wanted)[:3])}.')
+      check_types(value, wanted, path + '.')
+    elif not _is_like(value, wanted):
+      raise ValueError(
+          f'{path}={_short(value)} is of the wrong type.\nGive one such as '
+          f'{wanted!r} ({type(wanted).__name__}).')
+
+
+def _is_like(value, wanted):
+  if isinstance(wanted, tuple):  # of text, unless there are numbers
+    return isinstance(value, (tuple, list)) and all(
+        _is_like(v, (*wanted, '')[0]) for v in value)
+  if isinstance(wanted, float):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+  return type(value) is type(wanted)
+
+
+def _short(value):
+  return repr(value)[:60].split('\n')[0]
 
 
 def unread(config):
@@ -220,8 +261,14 @@ def _load(spec):
     message = re.split(r'^(?:Value|Type)Error: ', str(e), flags=re.M)[-1]
     message = message.strip()
     if '\n' not in message:
-      message += '\nThe docstring of the file lists its arguments.'
-    raise ValueError(f'{path}: {message}') from None
+      message = (message.rstrip('.')
+                 + '.\nThe docstring of the file lists its arguments.')
+    lines = [line for line in message.split('\n') if line.strip()][:2]
+    raise ValueError(f'{path}: ' + '\n'.join(lines)) from None
+  except Exception as e:  # whatever a config file does wrong
+    raise ValueError(
+        f'{path}: {type(e).__name__}: {_first_line(e)}.\n'
+        'Correct the file; --traceback shows where.') from e
 
 
 def _check_overrides(argv, config, moved):
@@ -267,6 +314,11 @@ def _take_durations(argv):
     else:
       rest.append(arg)
   return rest, moved
+
+
+def _first_line(error):
+  lines = str(error).strip(' \'"').replace('\\n', '\n').split('\n')
+  return lines[0].strip(' \'".') or 'no message'
 
 
 def _last_line(error):

@@ -5,6 +5,9 @@ A section holds `NAME_steps`, `NAME_epochs`, `NAME_examples` or `NAME_percent`
 """
 import dataclasses
 
+from vit_jax import ranges
+
+MAX_STEPS = 2**31 - 2  # the state counts them in an int32
 UNITS = ('steps', 'epochs', 'examples', 'percent')
 
 
@@ -25,6 +28,11 @@ class Units:
   @classmethod
   def of(cls, num_examples, batch_size, epoch):
     if epoch == 'floor':
+      if num_examples < batch_size:
+        raise ValueError(
+            f'A batch of {batch_size} is more than the {num_examples} training '
+            "examples, and input.epoch='floor' drops what fills no batch.\n"
+            "Lower global_batch_size, or set input.epoch='exact'.")
       return cls(num_examples, batch_size, num_examples // batch_size)
     return cls(num_examples, batch_size, num_examples / batch_size)
 
@@ -65,6 +73,7 @@ def to_steps(section, name, units, total_steps=None):
     ValueError: negative, not exactly one spelling, or percent of nothing.
   """
   steps = _fractional(section, name, units, total_steps)
+  ranges.check(f'The number of steps of {name}_*', steps, 0, MAX_STEPS)
   return max(1, round(steps)) if steps > 0 else 0
 
 
@@ -84,8 +93,7 @@ def cadence(section, units, total_steps):
 def _fractional(section, name, units, total_steps):
   """`to_steps` before rounding."""
   unit, value = find(section, name)
-  if value < 0:
-    raise ValueError(f'{name}_{unit}={value} is negative.\nGive 0 or more.')
+  ranges.check(f'{name}_{unit}', value, 0)
   if unit == 'percent' and total_steps is None:
     raise ValueError(f'{name}_percent has nothing to be a part of.\n'
                      f'Give {name}_steps, {name}_epochs or {name}_examples.')

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from vit_jax import choices
 from vit_jax import durations
+from vit_jax import ranges
 
 
 def pycls(config, units, total_steps, warmup_steps):
@@ -18,9 +19,10 @@ def pycls(config, units, total_steps, warmup_steps):
   makes the average's length a fixed share of the run whatever its length; a
   plain copy during warm-up.
   """
-  every = durations.to_steps(config, 'every', units, total_steps)
+  every = max(durations.to_steps(config, 'every', units, total_steps), 1)
   epochs = total_steps / units.steps_per_epoch
-  alpha = min(1.0, config['alpha'] * every * units.batch_size / epochs)
+  alpha = ranges.check('ema.alpha', config['alpha'], 0, 1)
+  alpha = min(1.0, alpha * every * units.batch_size / epochs)
   return lambda step: jnp.where(
       step % every, 0.0, jnp.where(step < warmup_steps, 1.0, alpha))
 
@@ -32,7 +34,7 @@ def decay(config, units, total_steps, warmup_steps):
   so that the average forgets the initial weights (TensorFlow's `num_updates`).
   """
   del units, total_steps, warmup_steps
-  value = config['decay']
+  value = ranges.check('ema.decay', config['decay'], 0, below=1)
   return lambda step: 1 - jnp.minimum(value, (1 + step) / (10 + step))
 
 

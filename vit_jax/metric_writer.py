@@ -4,6 +4,7 @@ metrics.jsonl is the record: one object a line with `step` and `time`. The
 events are made from it, so that both are cut back to the restored step when a
 run resumes, and no row stands twice.
 """
+import contextlib
 import json
 import logging
 import os
@@ -44,31 +45,46 @@ def say(line):
     print(line, flush=True)
 
 
+def attempt(what, action, *args, quiet=False):
+  """Calls `action(*args)`; what cannot be written does not stop a run.
+
+  Returns:
+    Whether it went well; if not there was a warning, unless `quiet`.
+  """
+  try:
+    action(*args)
+    return True
+  except OSError as e:
+    if not quiet:
+      say(f'warning: {what} cannot be written ({e.strerror or e}).\n'
+          '  Free some space: training goes on, and rows are not lost.')
+    return False
+
+
 class MetricWriter:
   """Writes rows; of several processes only the first writes anything."""
 
-  def __init__(self, workdir, start_step, total_steps):
+  def __init__(self, workdir, start_step, total_steps, logger=None):
     """Opens the record of a run that starts after `start_step`.
 
     Args:
       workdir: the run's folder.
       start_step: rows of later steps, left by a killed run, are removed.
       total_steps: for the progress bar.
+      logger: is given every new row, too: `wandb_logger.Logger`.
     """
     self.rows = [r for r in read(workdir) if r['step'] <= start_step]
     self._total_steps = total_steps
     self._active = jax.process_index() == 0
-    self._bar = None
+    self._bar = self._file = None
+    self._logger = logger
     if not self._active:
       return
-    path = os.path.join(workdir, METRICS)
-    with open(path + '.tmp', 'w') as f:
-      f.writelines(json.dumps(row) + '\n' for row in self.rows)
-    os.replace(path + '.tmp', path)
-    self._file = open(path, 'a')  # noqa: SIM115 - closed by __exit__
-    self._events = _event_writer(os.path.join(workdir, EVENTS))
-    for row in self.rows:
-      self._add_events(row)
+    self._path = os.path.join(workdir, METRICS)
+    self._warned = False
+    self._try('metrics.jsonl', self._rewrite)
+    self._events = None
+    self._try('events', self._open_events, os.path.join(workdir, EVENTS))
     if sys.stderr.isatty():
       self._bar = _Bar(start_step, total_steps)
 
@@ -79,17 +95,22 @@ class MetricWriter:
     if self._active:
       if self._bar:
         self._bar.stop()
-      self._file.close()
-      self._events.close()
+      self._try('metrics.jsonl', self._finish)
+      if self._events:
+        self._try('events', self._events.close)
+      if self._logger:
+        self._logger.close()
 
   def write(self, step, metrics):
     """Records a row: name -> number, after `step` updates."""
     row = {'step': step, 'time': round(time.time(), 3), **metrics}
     self.rows.append(row)
     if self._active:
-      self._file.write(json.dumps(row) + '\n')
-      self._file.flush()
-      self._add_events(row)
+      self._try('metrics.jsonl', self._append, row)
+      if self._events and not self._try('events', self._add_events, row):
+        self._events = None
+      if self._logger:
+        self._logger.log(row)
 
   def write_train(self, step, metrics, epoch):
     """Records a training row, and shows it on the bar or as a line."""
@@ -113,6 +134,41 @@ class MetricWriter:
       if any(f'{n}/count' in row for n in names):
         return {k: v for k, v in row.items() if k not in ('step', 'time')}
     return {}
+
+  def _try(self, what, action, *args):
+    """`attempt`, with one warning a run."""
+    done = attempt(what, action, *args, quiet=self._warned)
+    self._warned = self._warned or not done
+    return done
+
+  def _rewrite(self):
+    with open(self._path + '.tmp', 'w') as f:
+      f.writelines(json.dumps(row) + '\n' for row in self.rows)
+    os.replace(self._path + '.tmp', self._path)
+    self._file = open(self._path, 'a')  # noqa: SIM115 - closed by _finish
+
+  def _append(self, row):
+    if not self._file:  # the last write failed, perhaps in mid-line
+      return self._rewrite()
+    file, self._file = self._file, None
+    try:
+      file.write(json.dumps(row) + '\n')
+      file.flush()
+    except OSError:
+      with contextlib.suppress(OSError):  # closing tries to write once more
+        file.close()
+      raise
+    self._file = file
+
+  def _finish(self):
+    if not self._file:
+      self._rewrite()
+    self._file.close()
+
+  def _open_events(self, folder):
+    self._events = _event_writer(folder)
+    for row in self.rows:
+      self._add_events(row)
 
   def _add_events(self, row):
     from tensorboard.compat.proto import event_pb2

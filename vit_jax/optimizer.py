@@ -11,16 +11,22 @@ import optax
 
 from vit_jax import choices
 from vit_jax import param_paths
+from vit_jax import ranges
 
 
 def adamw(config):
-  adam = optax.scale_by_adam(config['b1'], config['b2'], config['eps'])
+  number = lambda key, **bounds: ranges.check(
+      f'optimizer.{key}', config[key], 0, **bounds)
+  adam = optax.scale_by_adam(
+      number('b1', below=1), number('b2', below=1), number('eps', high=1))
   return lambda weight_decay, mask: (
       adam, optax.add_decayed_weights(weight_decay, mask))
 
 
 def sgd(config):
-  momentum = optax.trace(config['momentum'], nesterov=config['nesterov'])
+  momentum = optax.trace(
+      ranges.check('optimizer.momentum', config['momentum'], 0, below=1),
+      nesterov=bool(config['nesterov']))
   return lambda weight_decay, mask: (
       optax.add_decayed_weights(weight_decay, mask), momentum)
 
@@ -38,10 +44,11 @@ def create(config, params):
     params: tree with the trained parameters' paths (shapes will do).
 
   Raises:
-    ValueError: unknown name, or a decay pattern that matches nothing.
+    ValueError: unknown name, a number out of range, or a decay pattern that
+      matches nothing.
   """
   rule = choices.pick(OPTIMIZERS, config['name'], 'optimizer')(config)
-  clip_norm = config['clip_norm']
+  clip_norm = ranges.check('optimizer.clip_norm', config['clip_norm'], 0)
   clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
   decay = tuple(config['decay'])
   param_paths.check(param_paths.flatten(params), decay)

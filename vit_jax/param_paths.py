@@ -55,11 +55,14 @@ def mask(tree, patterns):
 def check(paths, patterns):
   """Raises ValueError for a pattern that is no regex or matches no path."""
   for pattern in patterns:
+    if not isinstance(pattern, str):
+      raise ValueError(f'{pattern!r} is not a regular expression.\n'
+                       "Patterns match whole paths, as in 'stem/.*'.")
     try:
       found = any(re.fullmatch(pattern, path) for path in paths)
     except re.error as e:
       raise ValueError(f'{pattern!r} is not a regular expression: {e}.\n'
-                       'Patterns match whole paths: stem/.*') from None
+                       "Patterns match whole paths, as in 'stem/.*'.") from None
     if not found:
       some = ', '.join(sorted(paths)[:3])
       raise ValueError(

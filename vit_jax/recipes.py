@@ -95,6 +95,8 @@ def base():
   c.eval = dict(every_epochs=1.0, batch_size=0)  # 0: the training batch
   c.evaluators = dict(test=dict(name='classification', split='test'))
   c.checkpoint = dict(every_epochs=1.0, keep_last=2, keep_best='test/top1')
+  # Weights & Biases, beside metrics.jsonl; project '': not used.
+  c.wandb = dict(project='', mode='online')  # online | offline
   c.compilation_cache = '~/.cache/vit_jax/xla'  # '': none
   return c
 

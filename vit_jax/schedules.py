@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from vit_jax import choices
 from vit_jax import durations
+from vit_jax import ranges
 
 # What progress counts: 'after_warmup' is big_vision's and the ViT papers',
 # 'from_start' pycls's, where warm-up only scales the running cosine.
@@ -44,14 +45,16 @@ def create(config, units, total_steps):
   `progress='from_start'`, `warmup_start=0.1`, `final=0.005`.
 
   Raises:
-    ValueError: unknown name, or a warm-up longer than the run.
+    ValueError: unknown name, a fraction that is none, or a warm-up longer than
+      the run.
   """
   name = config['name']
   if name not in NAMES:
     raise ValueError(choices.unknown(name, NAMES, 'schedule'))
   steps = lambda key: durations.to_steps(config, key, units, total_steps)
+  fraction = lambda key: ranges.check(f'schedule.{key}', config[key], 0, 1)
   warmup, cooldown = steps('warmup'), steps('cooldown')
-  warmup_start, per = config['warmup_start'], config['per']
+  warmup_start, per = fraction('warmup_start'), config['per']
   if per not in PER:
     raise ValueError(choices.unknown(per, PER, 'value of schedule.per'))
   if warmup + cooldown > total_steps:
@@ -61,7 +64,7 @@ def create(config, units, total_steps):
         'Train longer or shorten schedule.warmup_*.')
 
   if name in SHAPES:
-    shape = SHAPES[name](config['final'])
+    shape = SHAPES[name](fraction('final'))
     progress = config['progress']
     if progress not in PROGRESS:
       raise ValueError(

@@ -16,6 +16,7 @@ import numpy as np
 # Axis of the mesh that the batch is divided over.
 DATA = 'data'
 AXES = (DATA,)
+MAX_BATCH = 2**24  # more is a slip
 # What the logical axes in `models` (see models/vit.py) are divided over.
 ACTIVATION_RULES = (('batch', DATA), ('tokens', None), ('embed', None))
 
@@ -32,6 +33,10 @@ def create_mesh(config, devices=None):
   """
   devices = jax.devices() if devices is None else list(devices)
   sizes = [config[axis] for axis in AXES]
+  for axis, size in zip(AXES, sizes, strict=True):
+    if size < 1 and size != -1:
+      raise ValueError(f'mesh.{axis}={size} is no number of devices.\n'
+                       'Give 1 or more, or -1: all that are left.')
   known = 1
   for size in sizes:
     known *= size if size > 0 else 1
@@ -85,6 +90,9 @@ def tracing(mesh):
 def check_batch_size(name, size, mesh):
   """Raises ValueError unless a batch divides over devices and processes."""
   unit = math.lcm(mesh.shape[DATA], jax.process_count())
+  if size > MAX_BATCH:
+    raise ValueError(f'{name}={size} is more than {MAX_BATCH}.\n'
+                     'Give the number of examples a step, over all devices.')
   if size > 0 and size % unit == 0:
     return
   below = max(size // unit, 1) * unit

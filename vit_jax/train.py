@@ -13,8 +13,9 @@ Flags:
   --traceback                    show where an error came from
 
 Exit codes: 0 finished; 1 a fault in the program (traceback); 2 bad input, one
-line of cause and one of remedy; 3 the loss was not finite; 75 stopped by
-SIGTERM or Ctrl-C after saving: run the command again to go on.
+line of cause and one of remedy; 3 the loss was not finite; 4 the last
+checkpoint could not be written (a full disk); 75 stopped by SIGTERM or Ctrl-C
+after saving: run the command again to go on.
 """
 import functools
 import itertools
@@ -45,15 +46,18 @@ from vit_jax import pace
 from vit_jax import param_paths
 from vit_jax import precise_bn
 from vit_jax import preemption
+from vit_jax import ranges
+from vit_jax import recipes
 from vit_jax import schedules
 from vit_jax import sharding
 from vit_jax import train_state
 from vit_jax import train_step
+from vit_jax import wandb_logger
 from vit_jax import workdir as workdir_lib
 from vit_jax.models import batch_norm
 from vit_jax.models import vit
 
-BAD_INPUT, NOT_FINITE, STOPPED = 2, 3, 75
+BAD_INPUT, NOT_FINITE, NOT_SAVED, STOPPED = 2, 3, 4, 75
 
 
 class NonFiniteLoss(RuntimeError):
@@ -78,8 +82,9 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
 
   Raises:
     ValueError, OSError: bad input, before anything is compiled.
-    NonFiniteLoss, Stopped: see there.
+    NonFiniteLoss, Stopped, checkpoint.SaveFailed: see there.
   """
+  config_lib.check_types(config, recipes.base())
   config = config_lib.track(config)
   devices.check()
   devices.enable_compilation_cache(config.compilation_cache)
@@ -109,7 +114,8 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
   check_batch_norm_group(model, batch_size)
   variables = train_state.abstract_variables(model, data.image_shape, mesh)
   trained, _ = param_paths.split(variables['params'], frozen)
-  normalize = train_step.normalizer(config.input.mean, config.input.std)
+  normalize = train_step.normalizer(
+      config.input.mean, config.input.std, data.image_shape[-1])
   loss_fn = train_step.make_classification_loss(
       model, len(data.class_names), normalize, config.loss)
   make_tx = optimizer.create(config.optimizer, trained)
@@ -137,7 +143,8 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
   given = checkpoint.init_from(config.init_from, variables)
   manager = checkpoint.Manager(
       workdir, config.checkpoint.keep_last, config.checkpoint.keep_best)
-  prefetch = config.prefetch
+  prefetch = ranges.check('prefetch', config.prefetch, 1)
+  logger = wandb_logger.Logger(config.wandb, workdir, resolved)
   evals.check_metric(config.checkpoint.keep_best, ema_alpha is not None)
   config_lib.check_all_read(config)
   state = checkpoint.restore(manager, parent, abstract_state)
@@ -145,7 +152,7 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
     state = train_state.with_variables(init_fn(hypers['key']), given)
   start = int(state.step)
   workdir_lib.record(workdir, resolved, data.class_names)
-  writer = metric_writer.MetricWriter(workdir, start, total_steps)
+  writer = metric_writer.MetricWriter(workdir, start, total_steps, logger)
   say(devices.summary())
   say(f'{workdir}: {param_paths.size(trained):,} trained parameters, '
       f'{units.num_examples:,} training examples, {total_steps:,} steps of '
@@ -170,6 +177,8 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
     if start and eval_due(start) and not writer.has(start, evals.names):
       results = evals.run(
           estimate(state, stop.requested), start, writer, stop)
+      if stop.requested():
+        raise Stopped(f'{stop.requested()}: step {start} had been saved')
 
     for step in range(start + 1, total_steps + 1):
       state, metrics = step_fn(state, speed.next(stream), hypers)
@@ -188,10 +197,14 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
         if checkpoint_due(step) or stop.requested():
           manager.save(state, results if eval_due(step) else None)
       if stop.requested():
-        raise Stopped(f'{stop.requested()}: step {step} is being saved')
+        manager.finish()
+        raise Stopped(f'{stop.requested()}: step {step} is saved')
+    manager.finish()
 
-  metric_writer.plot_curves(writer.rows, os.path.join(workdir, 'curves.png'))
-  evals.write_classes(os.path.join(workdir, 'per_class.json'))
+  for name, write in (
+      ('curves.png', functools.partial(metric_writer.plot_curves, writer.rows)),
+      ('per_class.json', evals.write_classes)):
+    metric_writer.attempt(name, write, os.path.join(workdir, name))
   say(f'wrote checkpoint, metrics.jsonl, curves.png to {workdir}')
   return results or writer.last(evals.names)
 
@@ -280,13 +293,17 @@ def main(argv=None):
     print(e, file=sys.stderr)
     return STOPPED
   except Exception as e:
-    wanted = any(a.startswith('--traceback') for a in argv)
-    if wanted or not (isinstance(e, NonFiniteLoss) or is_message(e)):
+    code = exit_code(e)
+    if code == 1 or any(a.startswith('--traceback') for a in argv):
       traceback.print_exc()
     print('error: ' + str(e).replace('\n', '\n  '), file=sys.stderr)
-    if isinstance(e, NonFiniteLoss):
-      return NOT_FINITE
-    return BAD_INPUT if is_message(e) else 1
+    return code
+
+
+def exit_code(error):
+  """The exit code of an exception; 1 for what is no message of ours."""
+  codes = {NonFiniteLoss: NOT_FINITE, checkpoint.SaveFailed: NOT_SAVED}
+  return codes.get(type(error), BAD_INPUT if is_message(error) else 1)
 
 
 def check_package():

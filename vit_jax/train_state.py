@@ -1,13 +1,16 @@
 """The one state that training carries, born sharded."""
+import inspect
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from vit_jax import choices
 from vit_jax import param_paths
 from vit_jax import sharding
 from vit_jax.models import stems
+from vit_jax.models import vit
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -74,9 +77,12 @@ def model_fields(config, frozen):
     frozen: regexes of the parameters that are not trained.
 
   Raises:
-    ValueError: an unknown size or stem, or `frozen` has some of BatchNorm's
-      parameters and not the others.
+    ValueError: an unknown key, size or stem, or `frozen` has some of
+      BatchNorm's parameters and not the others.
   """
+  known = set(inspect.signature(vit.create).parameters) - {'num_classes'}
+  for key in sorted(set(config) - known):
+    raise ValueError(choices.unknown(key, sorted(known), 'key of model'))
   fields = {key: config[key] for key in config}
   if fields['dtype'] == 'auto':
     on_cpu = jax.default_backend() == 'cpu'

@@ -7,15 +7,27 @@ import optax
 from vit_jax import choices
 from vit_jax import ema as ema_lib
 from vit_jax import losses
+from vit_jax import ranges
 from vit_jax import sharding
 
 
-def normalizer(mean, std):
+def normalizer(mean, std, channels):
   """Returns uint8 [B, H, W, C] -> float32: (x / 255 - mean) / std.
 
   Args:
     mean, std: fractions of full scale, one a channel or one for all.
+    channels: C.
+
+  Raises:
+    ValueError: another number of them, or one that is not finite; std: not
+      above 0.
   """
+  for name, values, low in (('mean', mean, -1e3), ('std', std, 1e-6)):
+    if len(values) not in (1, channels):
+      raise ValueError(f'input.{name} has {len(values)} values and the images '
+                       f'{channels} channels.\nGive one for all or one each.')
+    for value in values:
+      ranges.check(f'input.{name}', value, low, 1e3)
   mean, std = (np.reshape(v, (1, 1, 1, -1)) for v in (mean, std))
   # Python floats would be weakly typed; float32 constants are not.
   mean, std = mean.astype(np.float32), std.astype(np.float32)
@@ -103,12 +115,19 @@ def make_hypers(config, seed, mesh):
 
   Args:
     config: the optimizer's section, with `lr` and `weight_decay`.
-    seed: int.
+    seed: int in [0, 2**63).
     mesh: see `sharding`.
+
+  Raises:
+    ValueError: a number that is negative or not finite.
   """
+  largest = float(np.finfo(np.float32).max)
+  number = lambda key: np.float32(
+      ranges.check(f'optimizer.{key}', config[key], 0, largest))
+  ranges.check('seed', seed, 0, below=2**63)
   hypers = {
-      'lr': np.float32(config['lr']),
-      'weight_decay': np.float32(config['weight_decay']),
+      'lr': number('lr'),
+      'weight_decay': number('weight_decay'),
       # The generator is named: others are not stable under vmap.
       'key': jax.random.key(seed, impl='threefry2x32'),
   }

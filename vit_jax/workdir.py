@@ -23,7 +23,12 @@ PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy',
 
 def as_json(config):
   """A ConfigDict as what json gives back: nested dicts, lists for tuples."""
-  return json.loads(json.dumps(config.to_dict()))
+  try:
+    return json.loads(json.dumps(config.to_dict()))
+  except (TypeError, ValueError) as e:
+    raise ValueError(f'The config cannot be kept as JSON: {e}.\n'
+                     'Let its values be numbers, text or tuples of them.'
+                     ) from None
 
 
 def prepare(workdir, config, overfit_batch=False):

@@ -28,6 +28,9 @@ def create(config, predict, data, mesh, batch_size):
   made = {}
   for name in config:
     section = config[name]
+    if not hasattr(section, 'items'):
+      raise ValueError(f'evaluators.{name}={section!r} is no section.\n'
+                       "Write dict(name='classification', split='test').")
     make = choices.pick(EVALUATORS, section['name'], 'evaluator')
     made[name] = make(section, predict, data, mesh, batch_size)
   return Suite(made)

@@ -189,6 +189,11 @@ def create(
       raise ValueError(
           f'The rate {what} is {rate}.\nIt is a probability in [0, 1); 0 turns '
           'it off.')
+  for what, number in (('norm_eps', norm_eps), ('head_bias', head_bias)):
+    if not abs(number) < 1e30 or (what == 'norm_eps' and number < 0):
+      raise ValueError(
+          f'{what} is {number}.\nIt is a finite number; norm_eps is at least 0 '
+          'and about 1e-6.')
   if batch_norm_group < 0:
     raise ValueError(
         f'batch_norm_group is {batch_norm_group}.\nIt is a number of examples, '

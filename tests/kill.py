@@ -1,0 +1,130 @@
+"""Kills runs at random moments and compares them with unbroken ones.
+
+  python -m tests.kill [--kills 20] [--seed 0] [--sources digits,arrays,folder]
+
+The moments are drawn uniformly over the time that a start takes until it has
+done a few steps more: they fall into imports, opening of data, compiling,
+training, evaluation and saves. After the last kill a run ends undisturbed; its
+last checkpoint and its metrics have to be those of the unbroken run, bit for
+bit.
+"""
+import argparse
+import collections
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+from PIL import Image
+
+from tests import runs
+from vit_jax import metric_writer
+
+STEPS = 24
+FLAGS = (f'--config.total_steps={STEPS}', '--config.schedule.warmup_steps=5',
+         '--config.log.every_steps=1', '--config.eval.every_steps=3',
+         '--config.checkpoint.every_steps=2', '--config.global_batch_size=16')
+
+
+def pixels(seed, count):
+  return np.random.default_rng(seed).integers(
+      0, 256, (count, 32, 32, 3), np.uint8)
+
+
+def make_arrays(folder):
+  path = os.path.join(folder, 'data.npz')
+  np.savez(path, train_images=pixels(0, 100), train_labels=np.arange(100) % 5,
+           test_images=pixels(1, 30), test_labels=np.arange(30) % 5)
+  return ['--config.input.source=arrays', f'--config.input.path={path}']
+
+
+def make_folder(folder):
+  for part, seed, count in (('train', 0, 100), ('test', 1, 30)):
+    for i, image in enumerate(pixels(seed, count)):
+      path = os.path.join(folder, 'data', part, str(i % 5))
+      os.makedirs(path, exist_ok=True)
+      Image.fromarray(image).save(os.path.join(path, f'{i}.png'))
+  return ['--config.input.source=folder',
+          f'--config.input.path={folder}/data',
+          '--config.input.eval_pp=decode|resize(32)']
+
+
+# Writes the data of a source; returns the flags that name it.
+SOURCES = {'digits': lambda folder: [], 'arrays': make_arrays,
+           'folder': make_folder}
+
+
+def phase(log):
+  """What a killed process was at, by what it had printed."""
+  lines = log.splitlines()
+  if not any('trained parameters' in line for line in lines):
+    return 'start-up'
+  if not any('compiled' in line for line in lines):
+    return 'compile'
+  # The averages' evaluation comes last.
+  if re.match(r'step \d+ test: ', lines[-1]):
+    return 'evaluation'
+  step = re.match(r'step (\d+)', lines[-1])
+  if step and not int(step[1]) % 3 and ' test' not in lines[-1]:
+    return 'evaluation'
+  return 'save' if step and not int(step[1]) % 2 else 'training'
+
+
+def check(source, kills, seed, folder, cache):
+  """Returns Counter of the phases killed in; AssertionError on a difference."""
+  rng = random.Random(f'{seed}/{source}')
+  flags = [*FLAGS, *SOURCES[source](folder)]
+  whole, broken = (os.path.join(folder, n) for n in ('whole', 'broken'))
+  for workdir in (whole, os.path.join(folder, 'timed')):  # the second is warm
+    begin = time.time()
+    done = runs.launch(workdir, *flags, cache=cache, timeout=600)
+    assert done.returncode == 0, done.stderr
+  duration = time.time() - begin
+  phases = collections.Counter()
+  for _ in range(kills):
+    with open(os.path.join(folder, 'log'), 'w+') as log:
+      process = subprocess.Popen(
+          runs.command(broken, *flags, cache=cache), stdout=log,
+          stderr=subprocess.STDOUT, env=runs.environment())
+      try:
+        process.wait(rng.uniform(0.1, duration))
+        # It had got to its end: a start that has nothing to do.
+        phases['finished'] += 1
+        assert process.returncode == 0
+      except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        log.seek(0)
+        phases[phase(log.read())] += 1
+  done = runs.launch(broken, *flags, cache=cache, timeout=600)
+  assert done.returncode == 0, done.stderr
+  assert runs.digest(broken) == runs.digest(whole), 'the checkpoints differ'
+  rows = [runs.untimed(metric_writer.read(w)) for w in (broken, whole)]
+  assert rows[0] == rows[1], 'the metrics differ'
+  assert len(rows[0]) == STEPS + STEPS // 3
+  return phases
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser.add_argument('--kills', type=int, default=20)
+  parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument('--sources', default=','.join(SOURCES))
+  args = parser.parse_args()
+  names = args.sources.split(',')
+  with tempfile.TemporaryDirectory() as folder:
+    for i, source in enumerate(names):
+      kills = args.kills // len(names) + (i < args.kills % len(names))
+      place = os.path.join(folder, source)
+      os.makedirs(place)
+      phases = check(source, kills, args.seed, place, f'{folder}/xla')
+      print(f'{source}: {kills} kills, equal; {dict(phases)}', flush=True)
+
+
+if __name__ == '__main__':
+  sys.exit(main())
