@@ -3,14 +3,22 @@
 metrics.jsonl is the record: one object a line with `step` and `time`. The
 events are made from it, so that both are cut back to the restored step when a
 run resumes, and no row stands twice.
+
+Remote folders (gs://) cannot be appended to: there both are written beside, in
+a temporary folder, and copied whole by `sync`, at every checkpoint and at the
+end. No row that a resumed run needs is newer than its checkpoint.
 """
+import io
 import json
 import logging
 import os
+import shutil
 import sys
+import tempfile
 import time
 import types
 
+from etils import epath
 import jax
 from rich import console as rich_console
 from rich import progress as rich_progress
@@ -25,17 +33,19 @@ SHOWN = ('loss', 'lr', 'grad_norm', 'images_per_s', 'data_wait')
 
 def read(workdir):
   """The rows of metrics.jsonl; a half-written last line is dropped."""
+  path = epath.Path(workdir) / METRICS
   rows = []
-  try:
-    with open(os.path.join(workdir, METRICS)) as f:
-      for line in f:
-        try:
-          rows.append(json.loads(line))
-        except json.JSONDecodeError:
-          break
-  except FileNotFoundError:
-    pass
+  for line in path.read_text().splitlines() if path.exists() else ():
+    try:
+      rows.append(json.loads(line))
+    except json.JSONDecodeError:
+      break
   return rows
+
+
+def is_remote(path):
+  """Whether a path is on no file system of this machine, as gs://bucket."""
+  return '://' in str(path)
 
 
 def say(line):
@@ -61,12 +71,16 @@ class MetricWriter:
     self._bar = None
     if not self._active:
       return
-    path = os.path.join(workdir, METRICS)
+    self._remote = epath.Path(workdir) if is_remote(workdir) else None
+    self._local = tempfile.mkdtemp() if self._remote else workdir
+    path = os.path.join(self._local, METRICS)
     with open(path + '.tmp', 'w') as f:
       f.writelines(json.dumps(row) + '\n' for row in self.rows)
     os.replace(path + '.tmp', path)
     self._file = open(path, 'a')  # noqa: SIM115 - closed by __exit__
-    self._events = _event_writer(os.path.join(workdir, EVENTS))
+    self._events = _event_writer(os.path.join(self._local, EVENTS))
+    if self._remote and (self._remote / EVENTS).is_dir():
+      (self._remote / EVENTS).rmtree()
     for row in self.rows:
       self._add_events(row)
     if sys.stderr.isatty():
@@ -79,8 +93,22 @@ class MetricWriter:
     if self._active:
       if self._bar:
         self._bar.stop()
+      self.sync()
       self._file.close()
       self._events.close()
+      if self._remote:
+        shutil.rmtree(self._local)
+
+  def sync(self):
+    """Makes the files complete; copies them, where the folder is remote."""
+    if not self._active:
+      return
+    self._events.flush()
+    if self._remote:
+      (self._remote / EVENTS).mkdir(parents=True, exist_ok=True)
+      for name in (METRICS, *(os.path.join(EVENTS, n) for n in os.listdir(
+          os.path.join(self._local, EVENTS)))):
+        epath.Path(self._local, name).copy(self._remote / name, overwrite=True)
 
   def write(self, step, metrics):
     """Records a row: name -> number, after `step` updates."""
@@ -199,5 +227,7 @@ def plot_curves(rows, path):
     if axes.get_legend_handles_labels()[0]:
       axes.legend(fontsize=8, frameon=False)
   figure.tight_layout()
-  figure.savefig(path, dpi=120)
+  png = io.BytesIO()
+  figure.savefig(png, dpi=120)
+  epath.Path(path).write_bytes(png.getvalue())
   plt.close(figure)
