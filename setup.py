@@ -13,6 +13,7 @@ CORE = [
     'flax>=0.12,<0.14',
     'optax>=0.2.6,<0.4',
     'orbax-checkpoint>=0.11.30,<0.13',
+    'etils[epath]>=1.12,<2',
     'numpy>=2.0,<3',
     'ml_collections>=1.0,<2',
     'absl-py>=2.1,<3',

@@ -3,8 +3,10 @@ import contextlib
 import hashlib
 import importlib.util
 import os
+import socket
 import subprocess
 import sys
+import time
 
 import jax
 import ml_collections
@@ -93,6 +95,43 @@ def launch(workdir, *flags, cache, args='', timeout=180):
   return subprocess.run(
       command(workdir, *flags, cache=cache, args=args), capture_output=True,
       text=True, timeout=timeout, env=environment(), check=False)
+
+
+def start_pair(workdir, *flags, cache, args='', ids=(0, 1), timeout=60):
+  """Starts processes of two devices that form one run; returns them.
+
+  Their output is in <workdir>.<id>.log.
+  """
+  env = environment(XLA_FLAGS='--xla_force_host_platform_device_count=2')
+  port = free_port()
+  started = []
+  for i in ids:
+    with open(f'{workdir}.{i}.log', 'w') as log:
+      started.append(subprocess.Popen(
+          [*command(workdir, *flags, cache=cache, args=args),
+           f'--coordinator=localhost:{port}', '--num_processes=2',
+           f'--process_id={i}', f'--peer_timeout_seconds={timeout}'],
+          env=env, stdout=log, stderr=subprocess.STDOUT))
+  return started
+
+
+def log(workdir, process):
+  """What a process of `start_pair` has printed so far."""
+  with open(f'{workdir}.{process}.log') as f:
+    return f.read()
+
+
+def free_port():
+  with socket.create_server(('localhost', 0)) as s:
+    return s.getsockname()[1]
+
+
+def wait_until(condition, timeout=180):
+  """Asks until it holds; fails after so many seconds."""
+  deadline = time.monotonic() + timeout
+  while not condition():
+    assert time.monotonic() < deadline, 'it did not come'
+    time.sleep(0.02)
 
 
 def arrays(workdir, step=None):

@@ -11,11 +11,13 @@ import logging
 import os
 import shutil
 
+from etils import epath
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
 from vit_jax import param_paths
+from vit_jax.metric_writer import is_remote
 from vit_jax.metric_writer import say
 
 FOLDER = 'checkpoints'
@@ -28,6 +30,14 @@ logging.getLogger('absl').addFilter(
 
 class SaveFailed(RuntimeError):
   """The state that a run ends with could not be written."""
+
+
+class _Orbax(ocp.CheckpointManager):
+
+  def reached_preemption(self, step):
+    """Never: `preemption` asks, and counts otherwise. A signal between two
+    questions with different numbers would be lost."""
+    return False
 
 
 class Manager:
@@ -61,7 +71,7 @@ class Manager:
       keep.append(policies.BestN(
           n=1, get_metric_fn=lambda metrics: metrics[self._keep_best],
           keep_checkpoints_without_metrics=False))
-    return ocp.CheckpointManager(
+    return _Orbax(
         _absolute(self._folder),
         options=ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(keep),
@@ -174,9 +184,11 @@ class Manager:
   def _set_aside(self, step):
     """Renames a damaged checkpoint, so that its step can be saved again."""
     if jax.process_index() == 0:
-      path = os.path.join(self._folder, str(step))
-      shutil.rmtree(path + '.unreadable', ignore_errors=True)
-      os.rename(path, path + '.unreadable')
+      path = epath.Path(self._folder) / str(step)
+      aside = epath.Path(f'{path}.unreadable')
+      if aside.exists():
+        aside.rmtree()
+      path.rename(aside)
     self._manager.reload()
 
 
@@ -194,7 +206,7 @@ def restore(manager, parent, abstract_state):
   state = manager.restore(abstract_state)
   if state is not None or not parent:
     return state
-  if '://' in parent or os.path.isdir(os.path.join(parent, FOLDER)):
+  if (epath.Path(parent) / FOLDER).is_dir():
     with Manager(parent) as other:
       state = other.restore(abstract_state)
   if state is None:
@@ -208,7 +220,7 @@ def check_disk(workdir, abstract_state):
 
   Remote folders (gs://) are not asked.
   """
-  if '://' in str(workdir):
+  if is_remote(workdir):
     return
   need = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract_state))
   free = shutil.disk_usage(workdir).free
@@ -280,7 +292,7 @@ def load_weights(run, weights):
     ValueError: no such run or no checkpoint in it.
   """
   folder = os.path.join(run, FOLDER)
-  if '://' not in folder and not os.path.isdir(folder):
+  if not epath.Path(folder).is_dir():
     raise ValueError(f'init_from.run={run} holds no {FOLDER}/ folder.\n'
                      'Give the --workdir of a run that has saved a checkpoint.')
   if weights not in ('ema', 'raw'):
@@ -307,7 +319,7 @@ def load_weights(run, weights):
 
 
 def _absolute(path):
-  return path if '://' in path else os.path.abspath(path)
+  return path if is_remote(path) else os.path.abspath(path)
 
 
 def _first_line(error):

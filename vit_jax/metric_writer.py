@@ -3,15 +3,23 @@
 metrics.jsonl is the record: one object a line with `step` and `time`. The
 events are made from it, so that both are cut back to the restored step when a
 run resumes, and no row stands twice.
+
+Remote folders (gs://) cannot be appended to: there both are written beside, in
+a temporary folder, and copied whole by `sync`, at every checkpoint and at the
+end. No row that a resumed run needs is newer than its checkpoint.
 """
 import contextlib
+import io
 import json
 import logging
 import os
+import shutil
 import sys
+import tempfile
 import time
 import types
 
+from etils import epath
 import jax
 from rich import console as rich_console
 from rich import progress as rich_progress
@@ -26,17 +34,19 @@ SHOWN = ('loss', 'lr', 'grad_norm', 'images_per_s', 'data_wait')
 
 def read(workdir):
   """The rows of metrics.jsonl; a half-written last line is dropped."""
+  path = epath.Path(workdir) / METRICS
   rows = []
-  try:
-    with open(os.path.join(workdir, METRICS)) as f:
-      for line in f:
-        try:
-          rows.append(json.loads(line))
-        except json.JSONDecodeError:
-          break
-  except FileNotFoundError:
-    pass
+  for line in path.read_text().splitlines() if path.exists() else ():
+    try:
+      rows.append(json.loads(line))
+    except json.JSONDecodeError:
+      break
   return rows
+
+
+def is_remote(path):
+  """Whether a path is on no file system of this machine, as gs://bucket."""
+  return '://' in str(path)
 
 
 def say(line):
@@ -80,11 +90,13 @@ class MetricWriter:
     self._logger = logger
     if not self._active:
       return
-    self._path = os.path.join(workdir, METRICS)
+    self._remote = epath.Path(workdir) if is_remote(workdir) else None
+    self._local = tempfile.mkdtemp() if self._remote else workdir
+    self._path = os.path.join(self._local, METRICS)
     self._warned = False
     self._try('metrics.jsonl', self._rewrite)
     self._events = None
-    self._try('events', self._open_events, os.path.join(workdir, EVENTS))
+    self._try('events', self._open_events, os.path.join(self._local, EVENTS))
     if sys.stderr.isatty():
       self._bar = _Bar(start_step, total_steps)
 
@@ -98,8 +110,20 @@ class MetricWriter:
       self._try('metrics.jsonl', self._finish)
       if self._events:
         self._try('events', self._events.close)
+      if self._remote:
+        self._try('metrics.jsonl', self._copy)
+        shutil.rmtree(self._local)
       if self._logger:
         self._logger.close()
+
+  def sync(self):
+    """Makes the files complete; copies them, where the folder is remote."""
+    if not self._active:
+      return
+    if self._events:
+      self._try('events', self._events.flush)
+    if self._remote:
+      self._try('metrics.jsonl', self._copy)
 
   def write(self, step, metrics):
     """Records a row: name -> number, after `step` updates."""
@@ -165,7 +189,16 @@ class MetricWriter:
       self._rewrite()
     self._file.close()
 
+  def _copy(self):
+    """Puts the local files into the remote folder."""
+    (self._remote / EVENTS).mkdir(parents=True, exist_ok=True)
+    events = os.listdir(os.path.join(self._local, EVENTS))
+    for name in (METRICS, *(os.path.join(EVENTS, n) for n in events)):
+      epath.Path(self._local, name).copy(self._remote / name, overwrite=True)
+
   def _open_events(self, folder):
+    if self._remote and (self._remote / EVENTS).is_dir():
+      (self._remote / EVENTS).rmtree()
     self._events = _event_writer(folder)
     for row in self.rows:
       self._add_events(row)
@@ -255,5 +288,7 @@ def plot_curves(rows, path):
     if axes.get_legend_handles_labels()[0]:
       axes.legend(fontsize=8, frameon=False)
   figure.tight_layout()
-  figure.savefig(path, dpi=120)
+  png = io.BytesIO()
+  figure.savefig(png, dpi=120)
+  epath.Path(path).write_bytes(png.getvalue())
   plt.close(figure)

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 import input_pipeline
+from vit_jax import distributed
 from vit_jax import sharding
 
 
@@ -54,6 +55,7 @@ def create(config, model, variables, normalize, train_batches, batch_size,
       make_moments(model, normalize), out_shardings=sharding.replicated(mesh))
 
   def estimate(state, should_stop=lambda: False):
+    nonlocal moments
     weights = [state.variables()]
     if state.ema:
       weights.append(state.ema_variables())
@@ -64,12 +66,13 @@ def create(config, model, variables, normalize, train_batches, batch_size,
       for batch in batches:
         if should_stop():
           return state
+        moments = distributed.compiled(moments, weights[0], batch['image'])
         new = [moments(v, batch['image']) for v in weights]
         # Summed in float64, on the host: a few thousand numbers.
         new = jax.tree.map(np.float64, jax.device_get(new))
         total = new if total is None else jax.tree.map(np.add, total, new)
     mean = jax.tree.map(
-        lambda x, old: jax.device_put(
+        lambda x, old: sharding.put(
             np.asarray(x / num_batches, old.dtype), old.sharding),
         total, [v['batch_stats'] for v in weights])
     if not state.ema:

@@ -4,6 +4,7 @@ Sharding is data: regexes of parameter paths -> PartitionSpec, and logical
 names of activation axes -> mesh axes. Models know neither.
 """
 import contextlib
+import functools
 import math
 
 from flax import linen as nn
@@ -63,6 +64,22 @@ def replicated(mesh):
 def batch(mesh):
   """The sharding of batches: the leading axis over the data axis."""
   return NamedSharding(mesh, P(DATA))
+
+
+def put(value, sharding):
+  """One array or key of the host, the same in every process, as a global one.
+
+  `jax.device_put` takes no keys to the devices of other processes, and asks
+  those whether they have the same for each array.
+  """
+  if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+    wrap = functools.partial(
+        jax.random.wrap_key_data, impl=jax.random.key_impl(value))
+    data = put(jax.random.key_data(value), sharding)
+    return jax.jit(wrap, out_shardings=sharding)(data)
+  value = np.asarray(value)
+  return jax.make_array_from_callback(
+      value.shape, sharding, lambda index: value[index])
 
 
 def abstract_batch(image_shape, batch_size, mesh):

@@ -12,10 +12,19 @@ Flags:
   --overfit_batch                sanity check: train on one batch only
   --traceback                    show where an error came from
 
+Several processes, which share the workdir and are started with the same command
+(TPU VMs of several hosts need none of these flags):
+  --coordinator HOST:PORT        the host of process 0, a free port on it
+  --num_processes N
+  --process_id I                 0 to N - 1
+  --peer_timeout_seconds 120     a process that does not come or falls silent
+                                 for so long is named, and ends the others
+
 Exit codes: 0 finished; 1 a fault in the program (traceback); 2 bad input, one
 line of cause and one of remedy; 3 the loss was not finite; 4 the last
-checkpoint could not be written (a full disk); 75 stopped by SIGTERM or Ctrl-C
-after saving: run the command again to go on.
+checkpoint could not be written (a full disk); 69 another process is missing or
+died; 75 stopped by SIGTERM or Ctrl-C (of one process is enough) after saving.
+After 69 and 75 run the command again to go on.
 """
 import functools
 import itertools
@@ -37,6 +46,7 @@ import vit_jax
 from vit_jax import checkpoint
 from vit_jax import config as config_lib
 from vit_jax import devices
+from vit_jax import distributed
 from vit_jax import durations
 from vit_jax import ema
 from vit_jax import evaluators
@@ -174,7 +184,9 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
       evals, eval_due = evaluators.Suite({}), lambda step: False
     speed = pace.Pace()
     results = {}
-    if start and eval_due(start) and not writer.has(start, evals.names):
+    # Process 0 knows: others may see an older file.
+    if start and eval_due(start) and distributed.from_first(
+        not writer.has(start, evals.names)):
       results = evals.run(
           estimate(state, stop.requested), start, writer, stop)
       if stop.requested():
@@ -195,6 +207,7 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
           results = evals.run(
               estimate(state, stop.requested), step, writer, stop)
         if checkpoint_due(step) or stop.requested():
+          writer.sync()
           manager.save(state, results if eval_due(step) else None)
       if stop.requested():
         manager.finish()
@@ -264,10 +277,10 @@ def compile_step(step, abstract_state, abstract_batch, hypers, mesh):
   begin = time.perf_counter()
   shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
   with sharding.tracing(mesh):
-    compiled = jax.jit(
-        step, donate_argnums=0,
-        out_shardings=(shardings, sharding.replicated(mesh)),
-    ).lower(abstract_state, abstract_batch, hypers).compile()
+    compiled = distributed.compiled(
+        jax.jit(step, donate_argnums=0,
+                out_shardings=(shardings, sharding.replicated(mesh))),
+        abstract_state, abstract_batch, hypers)
   say(f'compiled the training step in {time.perf_counter() - begin:.1f} s')
   return compiled
 
@@ -277,6 +290,7 @@ say = metric_writer.say
 
 def main(argv=None):
   """Parses the command line, trains, and turns failures into exit codes."""
+  peers = None
   argv = sys.argv if argv is None else ['vit-jax train', *argv]
   logging.basicConfig(format='%(message)s', level=logging.WARNING)
   try:
@@ -285,25 +299,50 @@ def main(argv=None):
     if not args.workdir:
       raise ValueError('--workdir is missing.\n'
                        'For example: --workdir runs/digits')
+    workdir, fork = map(os.path.expanduser, (args.workdir, args.fork))
+    peers = start_processes(fork or workdir, args)
     train_and_evaluate(
-        args.config, os.path.expanduser(args.workdir),
-        fork=os.path.expanduser(args.fork), overfit_batch=args.overfit_batch)
-    return 0
+        args.config, workdir, fork=fork, overfit_batch=args.overfit_batch)
+    code = 0
   except Stopped as e:
     print(e, file=sys.stderr)
-    return STOPPED
+    code = STOPPED
   except Exception as e:
+    if peers and is_broken_exchange(e):
+      peers.wait()
     code = exit_code(e)
     if code == 1 or any(a.startswith('--traceback') for a in argv):
       traceback.print_exc()
     print('error: ' + str(e).replace('\n', '\n  '), file=sys.stderr)
-    return code
+  except BaseException:  # the second Ctrl-C
+    if peers:
+      peers.leave(1)
+    raise
+  if peers:
+    peers.leave(None if code in (0, NOT_FINITE, STOPPED) else code)
+  return code
 
 
 def exit_code(error):
   """The exit code of an exception; 1 for what is no message of ours."""
   codes = {NonFiniteLoss: NOT_FINITE, checkpoint.SaveFailed: NOT_SAVED}
   return codes.get(type(error), BAD_INPUT if is_message(error) else 1)
+
+
+def start_processes(workdir, args):
+  """Connects this process to the others that the flags speak of, if any."""
+  flags_ = (args.coordinator, args.num_processes, args.process_id,
+            args.peer_timeout_seconds)
+  distributed.check_flags(*flags_)
+  workdir_lib.make(workdir)
+  return distributed.start(workdir, *flags_)
+
+
+def is_broken_exchange(error):
+  """Whether a computation of several processes failed, maybe for one's end."""
+  text = str(error)
+  return 'RESOURCE_EXHAUSTED' not in text and (
+      isinstance(error, jax.errors.JaxRuntimeError) or 'Gloo' in text)
 
 
 def check_package():
@@ -334,6 +373,11 @@ def define_flags(values):
   add_string = functools.partial(flags.DEFINE_string, flag_values=values)
   add_string('workdir', '', 'Folder of the run.')
   add_string('fork', '', 'Folder of a new run to fork into.')
+  add_integer = functools.partial(flags.DEFINE_integer, flag_values=values)
+  add_string('coordinator', '', 'HOST:PORT of process 0.')
+  add_integer('num_processes', None, 'How many processes there are.')
+  add_integer('process_id', None, 'Which one this is, from 0.')
+  add_integer('peer_timeout_seconds', 120, 'How long to wait for another.')
   add('overfit_batch', False, 'Train on the first batch only.')
   add('traceback', False, 'Show where an error came from.')
 

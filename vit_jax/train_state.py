@@ -168,7 +168,7 @@ def with_variables(state, given):
 
   def fill(tree, kind):
     flat = param_paths.flatten(tree)
-    new = {path: jax.device_put(given[kind][path], leaf.sharding)
+    new = {path: sharding.put(given[kind][path], leaf.sharding)
            for path, leaf in flat.items() if path in given[kind]}
     return param_paths.unflatten({**flat, **new})
 

@@ -131,4 +131,5 @@ def make_hypers(config, seed, mesh):
       # The generator is named: others are not stable under vmap.
       'key': jax.random.key(seed, impl='threefry2x32'),
   }
-  return jax.device_put(hypers, sharding.replicated(mesh))
+  return {name: sharding.put(value, sharding.replicated(mesh))
+          for name, value in hypers.items()}

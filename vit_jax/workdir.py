@@ -1,4 +1,8 @@
-"""What a run writes beside its checkpoints, and whether it may resume there."""
+"""What a run writes beside its checkpoints, and whether it may resume there.
+
+The folder may be remote (gs://bucket/run): epath reaches it through TensorFlow
+where that is installed, else through fsspec (pip install gcsfs).
+"""
 import datetime
 import importlib.metadata
 import json
@@ -9,10 +13,12 @@ import shlex
 import subprocess
 import sys
 
+from etils import epath
 import jax
 
 from vit_jax import checkpoint
 from vit_jax import config as config_lib
+from vit_jax import metric_writer
 
 CONFIG = 'config.json'
 CLASSES = 'classes.json'  # names in the order of the labels
@@ -46,22 +52,13 @@ def prepare(workdir, config, overfit_batch=False):
     ValueError: not writable, or a checkpoint of another experiment in it: the
       message names what differs.
   """
-  path = os.path.join(workdir, CONFIG)
-  try:
-    os.makedirs(workdir, exist_ok=True)
-    probe = os.path.join(workdir, f'.write_test_{os.getpid()}')
-    with open(probe, 'w'):
-      pass
-    os.remove(probe)
-  except OSError as e:
-    raise ValueError(f'Cannot write to the workdir {workdir}: {e.strerror}.\n'
-                     'Choose another --workdir.') from None
+  make(workdir)
+  path = epath.Path(workdir) / CONFIG
   new = as_json(config)
   if overfit_batch:
     new['overfit_batch'] = True
-  if os.path.exists(path) and _has_checkpoint(workdir):
-    with open(path) as f:
-      what, how = config_lib.differences(json.load(f), new)
+  if path.exists() and _has_checkpoint(workdir):
+    what, how = config_lib.differences(json.loads(path.read_text()), new)
     if what:
       raise ValueError(
           f'{workdir} holds a run of another config ({"; ".join(what)}).\n'
@@ -79,16 +76,41 @@ def bad_files(workdir):
       workdir, f'bad_files_{process}.json' if process else 'bad_files.json')
 
 
+def make(workdir):
+  """Makes the folder, which several processes may do at once.
+
+  Raises:
+    ValueError: it cannot be made or written to.
+  """
+  # Its own name, so that no process removes the file of another.
+  name = f'.write_test_{platform.node()}_{os.getpid()}'
+  try:
+    folder = epath.Path(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text('')
+    (folder / name).unlink()
+  except Exception as e:
+    # A remote file system fails with errors of its own.
+    if isinstance(e, OSError) or metric_writer.is_remote(workdir):
+      reason = getattr(e, 'strerror', None) or ' '.join(str(e).split())[:200]
+      raise ValueError(f'Cannot write to the workdir {workdir}: {reason}.\n'
+                       'Choose another --workdir.') from None
+    raise
+
+
 def record(workdir, resolved, class_names):
   """Writes config.json and classes.json, and a line about this launch."""
   if jax.process_index():
     return
+  folder = epath.Path(workdir)
   for name, content in ((CONFIG, resolved), (CLASSES, list(class_names))):
-    with open(os.path.join(workdir, name), 'w') as f:
-      json.dump(content, f, indent=2, ensure_ascii=False)
-      f.write('\n')
-  with open(os.path.join(workdir, LAUNCHES), 'a') as f:
-    f.write(json.dumps({'command': command_line(), **environment()}) + '\n')
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    (folder / name).write_text(text + '\n')
+  # Written whole: remote files cannot be appended to.
+  path = folder / LAUNCHES
+  old = path.read_text() if path.exists() else ''
+  launch = {'command': command_line(), **environment()}
+  path.write_text(old + json.dumps(launch) + '\n')
 
 
 def command_line():
@@ -134,6 +156,5 @@ def git_revision():
 
 
 def _has_checkpoint(workdir):
-  folder = os.path.join(workdir, checkpoint.FOLDER)
-  return os.path.isdir(folder) and any(
-      name.isdigit() for name in os.listdir(folder))
+  folder = epath.Path(workdir) / checkpoint.FOLDER
+  return folder.is_dir() and any(p.name.isdigit() for p in folder.iterdir())

@@ -8,9 +8,10 @@ weights' top-1 where a run kept an average, else the raw weights'.
 """
 import argparse
 import json
-import os
 import statistics
 import sys
+
+from etils import epath
 
 from vit_jax import config as config_lib
 from vit_jax import metric_writer
@@ -73,6 +74,6 @@ def read(run, metric=''):
     raise ValueError(
         f'{run} holds no {" or ".join(wanted)}.\n'
         'Give folders of runs that were evaluated, or another --metric.')
-  with open(os.path.join(run, workdir.CONFIG)) as f:
-    config = config_lib.flatten(json.load(f))
+  path = epath.Path(run) / workdir.CONFIG
+  config = config_lib.flatten(json.loads(path.read_text()))
   return config, [row[found[0]] for row in rows if found[0] in row][-1]

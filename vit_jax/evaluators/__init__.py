@@ -1,6 +1,7 @@
 """Evaluators: one file each; `run(variables)` yields (name, value)."""
 import json
 
+from etils import epath
 import jax
 
 from vit_jax import choices
@@ -95,8 +96,8 @@ class Suite:
     """Writes accuracy by class to a JSON file, and prints the lowest."""
     if jax.process_index() or not self.by_class:
       return
-    with open(path, 'w') as f:
-      json.dump(self.by_class, f, indent=1, ensure_ascii=False)
+    epath.Path(path).write_text(
+        json.dumps(self.by_class, indent=1, ensure_ascii=False))
     for label, classes in self.by_class.items():
       lowest = sorted(classes.items(), key=lambda item: item[1]['top1'])[:10]
       say(f'{label} by class, lowest first: ' + ', '.join(

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import input_pipeline
+from vit_jax import distributed
 from vit_jax import losses
 from vit_jax import sharding
 
@@ -66,6 +67,7 @@ class Classification:
       for batch in batches:
         if should_stop():
           return
+        self._step = distributed.compiled(self._step, variables, batch)
         # Fetched every batch: float32 sums on the device would lose counts.
         new = jax.device_get(self._step(variables, batch))
         new = jax.tree.map(lambda x: x.astype(
