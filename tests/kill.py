@@ -2,17 +2,18 @@
 
   python -m tests.kill [--kills 20] [--seed 0] [--sources digits,arrays,folder]
 
-The moments are drawn uniformly over the time that a start takes until it has
-done a few steps more: they fall into imports, opening of data, compiling,
-training, evaluation and saves. After the last kill a run ends undisturbed; its
-last checkpoint and its metrics have to be those of the unbroken run, bit for
-bit.
+Every other moment is drawn from the whole time of a run, most of which are
+imports, opening of data and compiling; the others from the time behind the
+compile: training, evaluation and saves. After the last kill a run ends
+undisturbed; its last checkpoint and its metrics have to be those of the
+unbroken run, bit for bit.
 """
 import argparse
 import collections
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from PIL import Image
 from tests import runs
 from vit_jax import metric_writer
 
-STEPS = 24
+STEPS = 48
 FLAGS = (f'--config.total_steps={STEPS}', '--config.schedule.warmup_steps=5',
          '--config.log.every_steps=1', '--config.eval.every_steps=3',
          '--config.checkpoint.every_steps=2', '--config.global_batch_size=16')
@@ -75,6 +76,11 @@ def phase(log):
   return 'save' if step and not int(step[1]) % 2 else 'training'
 
 
+def read(path):
+  with open(path) as f:  # a handle of our own: the process shares the other's
+    return f.read()
+
+
 def check(source, kills, seed, folder, cache):
   """Returns Counter of the phases killed in; AssertionError on a difference."""
   rng = random.Random(f'{seed}/{source}')
@@ -85,29 +91,40 @@ def check(source, kills, seed, folder, cache):
     done = runs.launch(workdir, *flags, cache=cache, timeout=600)
     assert done.returncode == 0, done.stderr
   duration = time.time() - begin
+  times = [row['time'] for row in metric_writer.read(workdir)]
+  behind_compile = times[-1] - times[0]
   phases = collections.Counter()
-  for _ in range(kills):
-    with open(os.path.join(folder, 'log'), 'w+') as log:
+  while phases.total() < kills:
+    log = os.path.join(folder, 'log')
+    with open(log, 'w') as output:
       process = subprocess.Popen(
-          runs.command(broken, *flags, cache=cache), stdout=log,
+          runs.command(broken, *flags, cache=cache), stdout=output,
           stderr=subprocess.STDOUT, env=runs.environment())
+      late = phases.total() % 2
+      while late and 'compiled' not in read(log) and process.poll() is None:
+        time.sleep(0.02)
       try:
-        process.wait(rng.uniform(0.1, duration))
-        # It had got to its end: a start that has nothing to do.
-        phases['finished'] += 1
-        assert process.returncode == 0
+        process.wait(rng.uniform(0, behind_compile / 4) if late else
+                     rng.uniform(0.1, duration))
       except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGKILL)
         process.wait()
-        log.seek(0)
-        phases[phase(log.read())] += 1
+        phases[phase(read(log))] += 1
+      else:  # it got to its end, and no kill counts: from the start
+        assert process.returncode == 0, read(log)
+        compare(broken, whole)
+        shutil.rmtree(broken)
   done = runs.launch(broken, *flags, cache=cache, timeout=600)
   assert done.returncode == 0, done.stderr
+  compare(broken, whole)
+  return phases
+
+
+def compare(broken, whole):
   assert runs.digest(broken) == runs.digest(whole), 'the checkpoints differ'
   rows = [runs.untimed(metric_writer.read(w)) for w in (broken, whole)]
   assert rows[0] == rows[1], 'the metrics differ'
   assert len(rows[0]) == STEPS + STEPS // 3
-  return phases
 
 
 def main():
