@@ -44,6 +44,7 @@ from vit_jax import train
 SOME_PATHS = ('stem/projection/.*',)
 SIZED = {'input.pp': 'decode|resize(32)',
          'input.eval_pp': 'decode|resize(32)'}
+TFDS = {'input.source': 'tfds', 'input.path': 'a_name', **SIZED}
 PYCLS = dict(name='pycls', alpha=1e-5, every_steps=32)
 # leaf: (what it changes, another value), then changes that both arms have.
 # A key of several parts in the last dict, or a dict, replaces a section.
@@ -61,6 +62,12 @@ EFFECTS = {
     'input.epoch': ('schedule', {'exact': 'floor', 'floor': 'exact'}),
     'input.pp': ('batches', 'decode|resize(32)|flip_lr', SIZED),
     'input.eval_pp': ('batches', 'decode|central_crop(16)|resize(32)', SIZED),
+    'input.max_bad_fraction': ('data', 0.5),
+    'input.data_dir': ('data', '/elsewhere', TFDS),
+    'input.train_split': ('data', 'train[:90%]', TFDS),
+    'input.eval_split': ('data', 'test', TFDS),
+    'input.stream': ('data', True, TFDS),
+    'input.window': ('data', 64, TFDS),
     'input.mean': ('step', (0.4,)),
     'input.std': ('step', (0.4,)),
     'input.num_train': ('refused', 5),
@@ -230,7 +237,8 @@ def observe(config, what, tmp_path, monkeypatch):
 
   def open_data(data, section, data_seed, **_):
     seen['data_seed'] = data_seed
-    seen['data'] = (seen.get('asked'), data.class_names)
+    seen['data'] = (
+        seen.get('asked'), data.class_names, data.bad._max_fraction)
 
   def estimate(function, *_):
     seen['estimate'] = inspect.getclosurevars(function).nonlocals.get(
@@ -259,8 +267,8 @@ def observe(config, what, tmp_path, monkeypatch):
     return types.SimpleNamespace(step=0)
 
   def reader(real):
-    def read(path, holdout, classes):
-      seen['asked'] = real, path, holdout
+    def read(path, holdout, classes, **options):
+      seen['asked'] = real, path, holdout, options
       if real == 'digits':
         return sources.digits(path, holdout, classes)
       count = 1_281_167 if real == 'folder' else 4000
