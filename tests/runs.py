@@ -102,7 +102,10 @@ def start_pair(workdir, *flags, cache, args='', ids=(0, 1), timeout=60):
 
   Their output is in <workdir>.<id>.log.
   """
-  env = environment(XLA_FLAGS='--xla_force_host_platform_device_count=2')
+  # JAX lets process 0 alone write to the compilation cache: the other compiles
+  # each time, and is not to take long over it.
+  env = environment(XLA_FLAGS='--xla_force_host_platform_device_count=2 '
+                    '--xla_backend_optimization_level=0')
   port = free_port()
   started = []
   for i in ids:
