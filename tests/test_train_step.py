@@ -127,7 +127,7 @@ def test_averages_follow_the_weights():
 
 
 def test_a_non_finite_loss_leaves_its_step_in_the_state():
-  _, state, losses, _ = run('patchify', lr=np.inf)
+  _, state, losses, _ = run('patchify', lr=1e38)
   bad = int(np.argmax(~np.isfinite(losses))) + 1
   assert bad > 1 and int(state.first_nonfinite_step) == bad
 
