@@ -221,11 +221,12 @@ def observe(config, what, tmp_path, monkeypatch):
 
   def schedule(value, section, units, total_steps):
     steps = np.concatenate([np.linspace(0, total_steps, 30),
-                            np.geomspace(1, total_steps, 30)]).astype(int)
+                            np.geomspace(1, total_steps, 30),
+                            [total_steps - 1]]).astype(int)
     seen['schedule'] = total_steps, [
         float(value(s)) * config.optimizer.lr for s in steps]
 
-  def evals(_, section, predict, data, mesh, batch_size):
+  def evals(_, section, predict, data, mesh, batch_size, estimate):
     parts = {name: digest(next(input_pipeline.eval_batches(
         data, section[name].split, global_batch_size=batch_size,
         process_count=batch_size // 8))) for name in section}

@@ -34,7 +34,7 @@ def suite(num_examples, batch_size, num_devices, function=predict):
   mesh = sharding.create_mesh({'data': -1}, jax.devices()[:num_devices])
   made = evaluators.create(
       {'test': {'name': 'classification', 'split': 'test'}}, function, data,
-      mesh, batch_size)
+      mesh, batch_size, lambda state, should_stop: state)
   return made, images, labels
 
 

@@ -255,7 +255,7 @@ def test_a_remote_workdir(monkeypatch):
     writer.write(2, {'train/loss': 0.25})
   rows = metric_writer.read(folder)
   assert [r['train/loss'] for r in rows] == [1.0, 0.25]
-  metric_writer.plot_curves(rows, folder + '/curves.png')
+  metric_writer.plot_curves(rows, folder)
   files = {str(p.name) for p in epath.Path(folder).iterdir()}
   assert {'config.json', 'launches.jsonl', 'metrics.jsonl', 'events',
           'curves.png'} <= files

@@ -37,9 +37,9 @@ class Units:
     return cls(num_examples, batch_size, num_examples / batch_size)
 
   def describe(self, steps):
-    """'60 epochs of 20.3 steps'."""
-    return (f'{steps / self.steps_per_epoch:.4g} epochs of '
-            f'{self.steps_per_epoch:.5g} steps')
+    """'1,297 training examples, 811 steps of 64 (40 epochs)'."""
+    return (f'{self.num_examples:,} training examples, {steps:,} steps of '
+            f'{self.batch_size:,} ({steps / self.steps_per_epoch:.4g} epochs)')
 
 
 def find(section, name):

@@ -26,6 +26,7 @@ from rich import progress as rich_progress
 
 METRICS = 'metrics.jsonl'
 EVENTS = 'events'
+CURVES = 'curves.png'
 # Early steps that are shown in any case: is the loss moving, how fast is it?
 EARLY = (1, 2, 5, 10)
 # What stands first on the terminal; the rest follows by name.
@@ -250,12 +251,12 @@ def _event_writer(folder):
   return event_file_writer.EventFileWriter(folder)
 
 
-def plot_curves(rows, path):
-  """Draws loss, rate and evaluations against steps into a PNG.
+def plot_curves(rows, workdir):
+  """Draws loss, rate and evaluations against steps into curves.png.
 
   Args:
     rows: rows of metrics.jsonl.
-    path: of the PNG.
+    workdir: the folder that takes it.
   """
   import matplotlib
   matplotlib.use('Agg')
@@ -290,5 +291,5 @@ def plot_curves(rows, path):
   figure.tight_layout()
   png = io.BytesIO()
   figure.savefig(png, dpi=120)
-  epath.Path(path).write_bytes(png.getvalue())
+  attempt(CURVES, epath.Path(workdir, CURVES).write_bytes, png.getvalue())
   plt.close(figure)

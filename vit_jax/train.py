@@ -44,6 +44,7 @@ import jax
 import input_pipeline
 import vit_jax
 from vit_jax import checkpoint
+from vit_jax import checks
 from vit_jax import config as config_lib
 from vit_jax import devices
 from vit_jax import distributed
@@ -64,7 +65,6 @@ from vit_jax import train_state
 from vit_jax import train_step
 from vit_jax import wandb_logger
 from vit_jax import workdir as workdir_lib
-from vit_jax.models import batch_norm
 from vit_jax.models import vit
 
 BAD_INPUT, NOT_FINITE, NOT_SAVED, STOPPED = 2, 3, 4, 75
@@ -107,7 +107,7 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
   sharding.check_batch_size('global_batch_size', batch_size, mesh)
   data_seed = config.seed if config.data_seed < 0 else config.data_seed
   data = input_pipeline.open_data(config.input, data_seed)
-  check_expectations(config.input, data)
+  checks.check_data(config.input, data)
   units = durations.Units.of(
       data.train.num_examples, batch_size, config.input.epoch)
   total_steps = durations.to_steps(config, 'total', units)
@@ -120,8 +120,7 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
   model = vit.create(
       num_classes=len(data.class_names), **train_state.model_fields(
           config.model, frozen))
-  check_images(config.input, model, data)
-  check_batch_norm_group(model, batch_size)
+  checks.check_model(model, data, batch_size)
   variables = train_state.abstract_variables(model, data.image_shape, mesh)
   trained, _ = param_paths.split(variables['params'], frozen)
   normalize = train_step.normalizer(
@@ -135,9 +134,6 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
       durations.to_steps(config.schedule, 'warmup', units, total_steps))
   hypers = train_step.make_hypers(config.optimizer, config.seed, mesh)
   predict = train_step.make_predict(model, normalize)
-  evals = evaluators.create(
-      config.evaluators, predict, data, mesh,
-      config.eval.batch_size or batch_size)
   train_batches = functools.partial(
       input_pipeline.train_batches, data, global_batch_size=batch_size,
       data_seed=data_seed, epoch=config.input.epoch,
@@ -145,6 +141,9 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
   estimate = precise_bn.create(
       config.precise_bn, model, variables, normalize, train_batches, batch_size,
       mesh)
+  evals = evaluators.create(
+      config.evaluators, predict, data, mesh,
+      config.eval.batch_size or batch_size, estimate)
   init_fn, abstract_state = train_state.init(
       model, data.image_shape, make_tx, frozen, ema_alpha is not None, mesh)
 
@@ -163,11 +162,9 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
   start = int(state.step)
   workdir_lib.record(workdir, resolved, data.class_names)
   writer = metric_writer.MetricWriter(workdir, start, total_steps, logger)
-  say(devices.summary())
-  say(f'{workdir}: {param_paths.size(trained):,} trained parameters, '
-      f'{units.num_examples:,} training examples, {total_steps:,} steps of '
-      f'{batch_size} ({units.describe(total_steps)}), starting after {start}')
-  say(optimizer.describe(config.optimizer))
+  say(f'{devices.summary()}\n{workdir}: {param_paths.size(trained):,} trained '
+      f'parameters, {units.describe(total_steps)}, starting after {start}\n'
+      f'{optimizer.describe(config.optimizer)}')
 
   step_fn = compile_step(
       train_step.make(loss_fn, make_tx, schedule, ema_alpha), abstract_state,
@@ -187,8 +184,7 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
     # Process 0 knows: others may see an older file.
     if start and eval_due(start) and distributed.from_first(
         not writer.has(start, evals.names)):
-      results = evals.run(
-          estimate(state, stop.requested), start, writer, stop)
+      results = evals.run(state, start, writer, stop)
       if stop.requested():
         raise Stopped(f'{stop.requested()}: step {start} had been saved')
 
@@ -204,8 +200,7 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
 
       with speed.pause():
         if eval_due(step):
-          results = evals.run(
-              estimate(state, stop.requested), step, writer, stop)
+          results = evals.run(state, step, writer, stop)
         if checkpoint_due(step) or stop.requested():
           writer.sync()
           manager.save(state, results if eval_due(step) else None)
@@ -214,51 +209,10 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
         raise Stopped(f'{stop.requested()}: step {step} is saved')
     manager.finish()
 
-  for name, write in (
-      ('curves.png', functools.partial(metric_writer.plot_curves, writer.rows)),
-      ('per_class.json', evals.write_classes)):
-    metric_writer.attempt(name, write, os.path.join(workdir, name))
+  metric_writer.plot_curves(writer.rows, workdir)
+  evals.write_classes(workdir)
   say(f'wrote checkpoint, metrics.jsonl, curves.png to {workdir}')
   return results or writer.last(evals.names)
-
-
-def check_expectations(config, data):
-  """Raises ValueError unless the data has the sizes that the config expects."""
-  found = {'num_train': data.train.num_examples,
-           'num_classes': len(data.class_names)}
-  for key, value in found.items():
-    expected = config[key]
-    if expected and expected != value:
-      raise ValueError(
-          f'input.{key}={expected} is expected and the data has {value}.\n'
-          'Give the right data, or set the key to 0 to take what is there.')
-
-
-def check_images(config, model, data):
-  """Raises ValueError for images that the model cannot take; warns of crops."""
-  if data.eval_shape != data.image_shape:
-    raise ValueError(
-        f'Training images are {data.image_shape} and evaluation images '
-        f'{data.eval_shape}.\nLet input.pp and input.eval_pp end in one size.')
-  channels = data.image_shape[-1]
-  for key in ('mean', 'std'):
-    if len(config[key]) not in (1, channels):
-      raise ValueError(
-          f'input.{key} has {len(config[key])} values, input.channels is '
-          f'{channels}.\n'
-          'Give one value for all, or one for each of input.channels.')
-  _, cropped = vit.token_grid(model.stem.patch, data.image_shape[:2])
-  if any(cropped):
-    say(f'warning: {cropped[0]} rows and {cropped[1]} columns of pixels do not '
-        f'fill a patch of {model.stem.patch} and are cropped')
-
-
-def check_batch_norm_group(model, batch_size):
-  """Raises ValueError unless BatchNorm's groups fill the batch."""
-  stem = model.stem
-  if (stem.norm, stem.batch_norm) == ('bn', 'train'):
-    batch_norm.check_group(
-        stem.batch_norm_group, 'global_batch_size', batch_size)
 
 
 def check_finite(metrics, manager):

@@ -69,10 +69,8 @@ def plan(config, depth=2):
       f'activations   {cost.activations:,} ({cost.activations / 1e6:.1f} M)',
       f'tokens        {tokens} ({h} x {w} patches of {model.stem.patch}'
       f'{" + class token" if config.model.pool == "token" else ""})',
-      f'data          {num_train:,} training examples, {num_classes:,} classes '
-      f'({source})',
-      f'length        {steps:,} steps of {config.global_batch_size:,}, '
-      f'{units.describe(steps)}',
+      f'data          {num_classes:,} classes ({source})',
+      f'length        {units.describe(steps)}',
       f'training      {6 * cost.macs * steps * config.global_batch_size:.3g} '
       'FLOP (2 a multiply-add; forward once, backward twice)',
   ]

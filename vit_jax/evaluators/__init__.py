@@ -5,14 +5,16 @@ from etils import epath
 import jax
 
 from vit_jax import choices
+from vit_jax import metric_writer
 from vit_jax import sharding
 from vit_jax.evaluators.classification import Classification
 from vit_jax.metric_writer import say
 
+PER_CLASS = 'per_class.json'
 EVALUATORS = {'classification': Classification}
 
 
-def create(config, predict, data, mesh, batch_size):
+def create(config, predict, data, mesh, batch_size, estimate):
   """Returns the `Suite` of a config section of {name: section}.
 
   Args:
@@ -21,6 +23,7 @@ def create(config, predict, data, mesh, batch_size):
     data: see `input_pipeline.open_data`.
     mesh: see `sharding`.
     batch_size: over all devices and processes.
+    estimate: see `precise_bn.create`; called before each evaluation.
 
   Raises:
     ValueError: unknown kind of evaluator, or a split that is not there.
@@ -34,7 +37,7 @@ def create(config, predict, data, mesh, batch_size):
                        "Write dict(name='classification', split='test').")
     make = choices.pick(EVALUATORS, section['name'], 'evaluator')
     made[name] = make(section, predict, data, mesh, batch_size)
-  return Suite(made)
+  return Suite(made, estimate)
 
 
 class Suite:
@@ -46,8 +49,15 @@ class Suite:
       last run; {} before the first.
   """
 
-  def __init__(self, evaluators):
+  def __init__(self, evaluators, estimate=lambda state, should_stop: state):
+    """Takes {name: evaluator}, and what is done to a state beforehand.
+
+    Args:
+      evaluators: see `create`.
+      estimate: see `precise_bn.create`.
+    """
     self._evaluators = evaluators
+    self._estimate = estimate
     self.names = tuple(evaluators)
     self.by_class = {}
 
@@ -64,6 +74,7 @@ class Suite:
     Returns:
       {'<name>/top1': ..., '<name>_ema/top1': ...}.
     """
+    state = self._estimate(state, stop.requested)
     row = {}
     for name, evaluator in self._evaluators.items():
       weights = {name: state.variables()}
@@ -92,12 +103,13 @@ class Suite:
     if name and name not in known:
       raise ValueError(choices.unknown(name, known, 'checkpoint.keep_best'))
 
-  def write_classes(self, path):
-    """Writes accuracy by class to a JSON file, and prints the lowest."""
+  def write_classes(self, workdir):
+    """Writes accuracy by class to per_class.json, and prints the lowest."""
     if jax.process_index() or not self.by_class:
       return
-    epath.Path(path).write_text(
-        json.dumps(self.by_class, indent=1, ensure_ascii=False))
+    text = json.dumps(self.by_class, indent=1, ensure_ascii=False)
+    metric_writer.attempt(
+        PER_CLASS, epath.Path(workdir, PER_CLASS).write_text, text)
     for label, classes in self.by_class.items():
       lowest = sorted(classes.items(), key=lambda item: item[1]['top1'])[:10]
       say(f'{label} by class, lowest first: ' + ', '.join(
