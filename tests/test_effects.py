@@ -344,11 +344,15 @@ UNCHANGED = {}  # {(config, what is observed, given): what was observed}
 
 
 def leaves():
+  """(config, leaf); what digits has shown before is slow to show again."""
+  shown = set()
   for name, (file, args, _) in CONFIGS.items():
     c = test_config.load(f'{test_config.ROOT}/configs/{file}', args)
     for path in sorted(config_lib.flatten(c.to_dict())):
       if name != 'digits_sgd' or path.startswith('optimizer.'):
-        yield name, path
+        marks = [pytest.mark.slow] if path in shown else []
+        yield pytest.param(name, path, marks=marks)
+        shown.add(path)
 
 
 def test_an_unchanged_config_is_observed_equal_twice(
