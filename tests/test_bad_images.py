@@ -144,7 +144,9 @@ def test_evaluation_masks_what_it_cannot_read(root, engine):
 def test_too_many_end_the_run(root, engine):
   with runs.refused(r'5 of 24 training images.*max_bad_fraction=0\.2'):
     take(open_data(root, max_bad_fraction=.2), 20)
-  with runs.refused('1 of 24 training images'):
+  # Images are decoded side by side: a second one may fail before the first
+  # failure is heard of.
+  with runs.refused(r'[1-5] of 24 training images'):
     take(open_data(root, max_bad_fraction=0), 20)
 
 
@@ -152,7 +154,8 @@ def test_images_too_small_for_the_crop_count_as_unreadable(tmp_path, engine):
   for path in ('a/0.png', 'a/1.png', 'b/0.png', 'b/1.png', 'b/2.png'):
     os.makedirs((tmp_path / path).parent, exist_ok=True)
     (tmp_path / path).write_bytes(encode(noise(0, 9, 9, 3), 'PNG'))
-  with runs.refused('does not fit into an image of 9 x 9'):
+  # All are too small; which of the two limits is met first depends on threads.
+  with runs.refused('does not fit into an image of 9 x 9|nor 16 others drawn'):
     take(open_data(str(tmp_path), pp='decode|central_crop(10)', holdout=.3), 3)
 
 
