@@ -1,6 +1,6 @@
 """Kills runs at random moments and compares them with unbroken ones.
 
-  python -m tests.kill [--kills 20] [--seed 0] [--sources digits,arrays,folder]
+  python -m tests.kill [--kills 20] [--seed 0] [--sources digits,folder,...]
 
 Every other moment is drawn from the whole time of a run, most of which are
 imports, opening of data and compiling; the others from the time behind the
@@ -10,6 +10,7 @@ unbroken run, bit for bit.
 """
 import argparse
 import collections
+import functools
 import os
 import random
 import re
@@ -55,9 +56,21 @@ def make_folder(folder):
           '--config.input.eval_pp=decode|resize(32)']
 
 
+def make_tfds(folder, file_format):
+  from tests import test_tfds
+  test_tfds.write(os.path.join(folder, 'data'), file_format)
+  return ['--config.input.source=tfds', '--config.input.path=mini:1.0.0',
+          f'--config.input.data_dir={folder}/data',
+          '--config.input.pp=decode|resize(32)|pad_crop(32, 3)',
+          '--config.input.eval_pp=decode|resize(32)',
+          '--config.evaluators.test.split=val']
+
+
 # Writes the data of a source; returns the flags that name it.
-SOURCES = {'digits': lambda folder: [], 'arrays': make_arrays,
-           'folder': make_folder}
+SOURCES = {
+    'digits': lambda folder: [], 'arrays': make_arrays, 'folder': make_folder,
+    'array_record': functools.partial(make_tfds, file_format='array_record'),
+    'tfrecord': functools.partial(make_tfds, file_format='tfrecord')}
 
 
 def phase(log):
