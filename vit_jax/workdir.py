@@ -6,7 +6,6 @@ where that is installed, else through fsspec (pip install gcsfs).
 import datetime
 import importlib.metadata
 import json
-import logging
 import os
 import platform
 import shlex
@@ -65,7 +64,7 @@ def prepare(workdir, config, overfit_batch=False):
           'Choose another --workdir, or --fork NEWDIR to go on from its '
           'checkpoint with the new settings.')
     for line in how:
-      logging.info('resuming with another %s', line)
+      metric_writer.say(f'resuming with another {line}')
   return new
 
 
