@@ -15,6 +15,7 @@ from vit_jax import ranges
 
 
 def adamw(config):
+  """Adam, then weight decay that is not part of the gradient."""
   number = lambda key, **bounds: ranges.check(
       f'optimizer.{key}', config[key], 0, **bounds)
   adam = optax.scale_by_adam(
@@ -24,6 +25,7 @@ def adamw(config):
 
 
 def sgd(config):
+  """Weight decay in the gradient, then momentum."""
   momentum = optax.trace(
       ranges.check('optimizer.momentum', config['momentum'], 0, below=1),
       nesterov=bool(config['nesterov']))
