@@ -372,11 +372,17 @@ class Job:
       except ImportError as e:
         logging.info(
             'Decoding with Pillow, because TensorFlow is not here (%s).', e)
-    for image, label, ok in engine(self, start, count):
+    for image, label, ok, failures in engine(self, start, count):
+      self._report(ok, failures)
       if self.part == bad_images.TRAIN and not ok.all():
         take = _next_ok(ok)
         image, label, ok = image[take], label[take], ok[take]
       yield image, label, ok
+
+  @property
+  def substitutes(self):
+    """Whether another image takes the place of an unreadable one."""
+    return self.part == bad_images.TRAIN and not self.source.streamed
 
   def first_readable(self, epoch, index, record, load):
     """What `load` makes of an example, or of the one in its place.
@@ -388,28 +394,39 @@ class Job:
       load: function of (index, record).
 
     Returns:
-      What `load` returned; None if the example cannot be read and has no
-      substitute: in evaluation, and in streams.
-
-    Raises:
-      ValueError: too many images cannot be read.
+      (found, failures): what `load` returned, or None if the example cannot be
+      read and nothing takes its place; and a list of (example, why it cannot
+      be read, None if that is known), in the order in which they were tried.
+      Rows are read side by side: `run` alone judges the failures, in order.
     """
-    substitutes = self.part == bad_images.TRAIN and not self.source.streamed
-    for attempt in range(_SUBSTITUTES + 1 if substitutes else 1):
+    failures = []
+    for attempt in range(_SUBSTITUTES + 1 if self.substitutes else 1):
       i = int(index) if not attempt else order.substitute(
           self.data_seed, epoch, index, attempt, self.source.num_examples)
       if self.bad.knows(self.part, i):
+        failures.append((i, None))
         continue
       try:
-        return load(i, record)
+        return load(i, record), failures
       except READ_ERRORS as e:
-        self.bad.add(self.part, self.source, i, e)
-    if substitutes:
-      raise ValueError(
-          f'{self.source.describe(index)} cannot be read, nor {_SUBSTITUTES} '
-          'others drawn in its place.\n'
-          'Lower input.max_bad_fraction, and repair or remove the images.')
-    return None
+        failures.append((i, messages.one_line(e)))
+    return None, failures
+
+  def _report(self, ok, failures):
+    """Lists a batch's failures, {row: those of `first_readable`}, by row.
+
+    Raises:
+      ValueError: too many images cannot be read, or a row has no substitute.
+    """
+    for row, tried in sorted(failures.items()):
+      for index, reason in tried:
+        if reason is not None:
+          self.bad.add(self.part, self.source, index, reason)
+      if self.substitutes and not ok[row]:
+        raise ValueError(
+            f'{self.source.describe(tried[0][0])} cannot be read, nor '
+            f'{_SUBSTITUTES} others drawn in its place.\n'
+            'Lower input.max_bad_fraction, and repair or remove the images.')
 
 
 def _next_ok(ok):
@@ -435,7 +452,10 @@ def cpu_count():
 
 
 def _numpy_images(job, start, count):
-  """The engine without TensorFlow; threads where there is decoding to do."""
+  """The engine without TensorFlow; threads where there is decoding to do.
+
+  Yields what `Job.run` does, and {row: failures of `Job.first_readable`}.
+  """
   source, ops, shape = job.source, job.ops, job.shape
   rows = job.rows_from(start)
 
@@ -451,23 +471,27 @@ def _numpy_images(job, start, count):
       epoch, index, records = next(rows)
       draws = ops_.draw(ops, job.data_seed, epoch, index)
       if source.encoded:
-        found = list(pool.map(
-            load, epoch, index, draws, records or [None] * len(index)))
+        found, tried = zip(*pool.map(
+            load, epoch, index, draws, records or [None] * len(index)),
+                           strict=True)
         none = np.zeros(shape, np.uint8), 0
         images, labels = zip(*(f or none for f in found), strict=True)
         ok = np.array([f is not None for f in found])
+        failures = {row: t for row, t in enumerate(tried) if t}
       else:
         pixels = ops_numpy.to_channels(source.read(index), shape[-1])
         images = [
             ops_numpy.apply(p, ops, ops_.views(ops, *p.shape[:2], d))
             for p, d in zip(pixels, draws, strict=True)]
         labels, ok = source.labels[index], np.ones(len(index), bool)
-      yield np.stack(images), np.array(labels, np.int32), ok
+        failures = {}
+      yield np.stack(images), np.array(labels, np.int32), ok, failures
 
 
 def no_images(shape):
   """What an engine yields for a step without rows."""
-  return np.zeros((0, *shape), np.uint8), np.zeros(0, 'i4'), np.zeros(0, bool)
+  return (np.zeros((0, *shape), np.uint8), np.zeros(0, 'i4'),
+          np.zeros(0, bool), {})
 
 
 def decode_example(source, ops, draws, channels, index, record=None):
