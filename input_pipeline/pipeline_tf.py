@@ -20,9 +20,10 @@ from input_pipeline import pipeline
 
 
 def images(job, start, count):
-  """As `pipeline.Job.run`."""
+  """As `pipeline._numpy_images`."""
   for_pillow = set()  # examples that TensorFlow's decoders refused
-  stream = _dataset(job, start, count, for_pillow)
+  failures = {}  # of rows that are not in a batch yet, by their number
+  stream = _dataset(job, start, count, for_pillow, failures)
   for step in pipeline.steps(start, count):
     if not job.size(step):
       yield pipeline.no_images(job.shape)
@@ -32,47 +33,58 @@ def images(job, start, count):
         batch = next(stream)
         break
       except tf.errors.OpError as e:
-        if job.bad.error:
-          raise job.bad.error from None
         _raise_own_errors(job, step)
         refused = _refused(job, step, for_pillow)
         if not refused:
           raise RuntimeError(
               'The input pipeline failed, on no image in particular.') from e
         for_pillow |= refused
+        failures = {}
         # Each file costs this once, and few are broken in such a manner.
         stream = _dataset(
-            job, step, count and start + count - step, for_pillow)
-    if job.bad.error:  # met by rows ahead, whose own error may be lost
-      raise job.bad.error
-    yield batch
+            job, step, count and start + count - step, for_pillow, failures)
+    *batch, number = batch
+    yield *batch, {row: failures.pop(n) for row, n in enumerate(number.tolist())
+                   if n in failures}
 
 
-def _dataset(job, start, count, for_pillow):
-  """An iterator of (image, label, ok) for `count` steps."""
+def _dataset(job, start, count, for_pillow, failures):
+  """An iterator of (image, label, ok, number) for `count` steps.
+
+  Rows are numbered; `failures` is given those of `Job.first_readable` of each
+  row before the row is in a batch.
+  """
   rows = job.rows_from(start)
+  size = max(job.size(start), 1)
 
   def choose(step):
-    del step  # `rows` counts for itself; this map is sequential
+    # `rows` counts for itself, too: this map is sequential.
     epoch, index, records = next(rows)
+    number = step * size + np.arange(len(index))
     draws = ops_.draw(job.ops, job.data_seed, epoch, index)
     # A column to spare: TensorFlow 2.21 crashes on rows of no elements.
     draws = np.pad(draws, ((0, 0), (0, 1)))
     records = np.array(records or [b''] * len(index), object)
-    return epoch, index, draws, records
+    return number, epoch, index, draws, records
 
   def choose_in_graph(step):
-    epoch, index, draws, records = tf.numpy_function(
-        choose, [step], [tf.int64, tf.int64, tf.float64, tf.string])
-    return (tf.ensure_shape(epoch, [None]), tf.ensure_shape(index, [None]),
+    number, epoch, index, draws, records = tf.numpy_function(
+        choose, [step], [tf.int64, tf.int64, tf.int64, tf.float64, tf.string])
+    return (*(tf.ensure_shape(x, [None]) for x in (number, epoch, index)),
             tf.ensure_shape(draws, [None, None]),
             tf.ensure_shape(records, [None]))
 
-  def load(*row):
+  def fetch(number, *row):
+    found, failed = _fetch(job, for_pillow, *row)
+    if failed:
+      failures[int(number)] = failed
+    return found[1:]
+
+  def load(number, *row):
     outputs = tf.numpy_function(
-        lambda *row: _fetch(job, for_pillow, *row)[1:], row,
+        fetch, (number, *row),
         [tf.bool, tf.int32, tf.string, tf.int32, tf.int32, tf.int32])
-    return _decode(job, *outputs)
+    return *_decode(job, *outputs), number
 
   threads = pipeline.cpu_count()
   options = tf.data.Options()
@@ -88,7 +100,7 @@ def _dataset(job, start, count, for_pillow):
   return iter(
       data.map(choose_in_graph).unbatch()
       .map(load, num_parallel_calls=threads, deterministic=True)
-      .batch(max(job.size(start), 1)).prefetch(2).with_options(options)
+      .batch(size).prefetch(2).with_options(options)
       .as_numpy_iterator())
 
 
@@ -96,8 +108,9 @@ def _fetch(job, for_pillow, epoch, index, draws, record):
   """Reads a row's image, or the one in its place.
 
   Returns:
-    (index, ok, label, content, kind, size, views): the index that was read;
-    content and kind as `ops_tf.decode` takes them. Zeros if nothing is ok.
+    ((index, ok, label, content, kind, size, views), failures): the index that
+    was read; content and kind as `ops_tf.decode` takes them. Zeros if nothing
+    is ok. Failures as of `Job.first_readable`.
   """
 
   def load(i, record):
@@ -110,11 +123,11 @@ def _fetch(job, for_pillow, epoch, index, draws, record):
             np.array([height, width], np.int32), np.array(views, np.int32))
 
   record = record if job.source.streamed else None
-  found = job.first_readable(epoch, index, record, load)
+  found, failures = job.first_readable(epoch, index, record, load)
   return found or (
       index, np.bool_(False), np.int32(0), b'', np.int32(0),
       np.zeros(2, np.int32), np.zeros((len(job.ops), len(ops_.View._fields)),
-                                      np.int32))
+                                      np.int32)), failures
 
 
 def _decode(job, ok, label, content, kind, size, views):
@@ -143,7 +156,7 @@ def _refused(job, step, for_pillow):
   draws = ops_.draw(job.ops, job.data_seed, epoch, index)
 
   def refused(*row):
-    i, *fetched = _fetch(job, for_pillow, *row)
+    (i, *fetched), _ = _fetch(job, for_pillow, *row)
     try:
       _decode(job, *map(tf.convert_to_tensor, fetched))
     except tf.errors.OpError:
