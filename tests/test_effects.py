@@ -75,6 +75,7 @@ EFFECTS = {
     'model.size': ('init', 'S/16'),
     'model.stem': ('init', 'patchify'),
     'model.pool': ('init', {'gap': 'token', 'token': 'gap'}),
+    'model.pre_logits': ('init', True),
     'model.pos_embedding': ('init', 'sincos2d'),
     'model.gelu': ('step', 'tanh'),
     'model.norm_eps': ('step', 1e-5),

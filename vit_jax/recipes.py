@@ -69,9 +69,9 @@ def base():
       window=16384,     # records within which a stream is shuffled
   )
   c.model = dict(
-      size='4GF', stem='conv', pool='token', pos_embedding='learned',
-      gelu='erf', norm_eps=1e-6, init='paper', head_bias=0.0,
-      dropout=0.0, stochastic_depth=0.0, batch_norm='train',
+      size='4GF', stem='conv', pool='token', pre_logits=False,
+      pos_embedding='learned', gelu='erf', norm_eps=1e-6, init='paper',
+      head_bias=0.0, dropout=0.0, stochastic_depth=0.0, batch_norm='train',
       batch_norm_group=0,  # examples a BatchNorm statistic; 0: the batch
       dtype='auto',     # of matmuls: bfloat16 on accelerators, float32 on CPU
       scan=False, remat='none')

@@ -28,6 +28,7 @@ REMATS = {
 def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
   """Softmax attention; all three and the result are [B, N, K, h].
 
+  There may be another number of queries, which is then that of the result.
   Logits and softmax are float32 whatever the inputs' dtype, which is that of
   the result.
   """
@@ -39,13 +40,16 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
 
 
 class Attention(nn.Module):
-  """Multi-head self-attention with biases, [B, N, D] -> [B, N, D]."""
+  """Multi-head attention with biases, [B, N, D] -> [B, N, D].
+
+  Queries are made of the same tokens, or of others if there are two arguments.
+  """
   heads: int
   init_name: str
   dtype: str
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, asking: jax.Array | None = None):
     width = x.shape[-1]
     init = initializers.INITIALIZERS[self.init_name]
     # Three layers, as they are in released checkpoints; fusing them is the
@@ -53,8 +57,10 @@ class Attention(nn.Module):
     query, key, value = (
         nn.DenseGeneral(
             (self.heads, width // self.heads), dtype=self.dtype,
-            kernel_init=init.qkv, name=name)(x)
-        for name in ('query', 'key', 'value'))  # [B, N, K, h]
+            kernel_init=init.qkv, name=name)(tokens)
+        for name, tokens in (
+            ('query', x if asking is None else asking), ('key', x),
+            ('value', x)))  # [B, N, K, h]
     return nn.DenseGeneral(
         width, axis=(-2, -1), dtype=self.dtype, kernel_init=init.out,
         name='out')(attend(query, key, value))  # [B, N, D]

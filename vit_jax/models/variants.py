@@ -8,6 +8,7 @@ Two families of names:
   'Ti/16' .. 'e/14' "How to train your ViT?" (arXiv 2106.10270, Table 2) and
                     "Scaling Vision Transformers" (arXiv 2106.04560, Table 2),
                     written with the patch behind the slash.
+  'R26+S/32', ...   the same behind a ResNet, with stem 'resnet' and no other.
 and 'micro', patch 8, for images of 32 pixels and for tests.
 
 ViT_C is ViT_P with another stem and one block fewer, so that flops stay equal:
@@ -74,9 +75,22 @@ _ANY_PATCH = {
 }
 PATCHES = (8, 14, 16, 32)
 
+# Units in each stage of the ResNet in front: google-research/vision_transformer
+# models_resnet.py. The number behind its R is that of the ResNet's layers, the
+# one behind the slash the pixels per token. R+Ti/16 has the root only, and
+# patches of 8x8 on it: 32 pixels per token, whatever its name.
+HYBRIDS = {
+    'R+Ti/16': ('Ti/32', ()),
+    'R26+S/32': ('S/32', (2, 2, 2, 2)),
+    'R26+B/32': ('B/32', (2, 2, 2, 2)),
+    'R50+L/32': ('L/32', (3, 4, 6, 3)),
+    'R50+B/16': ('B/16', (3, 4, 9)),
+}
+
 SIZES = _FIXED_PATCH | {
     f'{name}/{patch}': Size(patch, *row)
     for name, row in _ANY_PATCH.items() for patch in PATCHES}
+SIZES |= {name: SIZES[behind] for name, (behind, _) in HYBRIDS.items()}
 
 # 3x3 convolutions (padding 1) of the paper's stems, at patch 16. A convolution
 # either has stride 2 and doubles the channels, or stride 1 and keeps them.
@@ -113,6 +127,19 @@ PATCHIFYING_STEMS = {
 def size(name: str) -> Size:
   """Returns the row of a size; ValueError for a name not in `SIZES`."""
   return choices.pick(SIZES, name, 'size')
+
+
+def check_stem(size_name: str, stem: str) -> None:
+  """Raises ValueError unless both or neither are those of a hybrid."""
+  if (size_name in HYBRIDS) == (stem == 'resnet'):
+    return
+  if stem == 'resnet':
+    raise ValueError(
+        f'Size {size_name!r} has no stem {stem!r}.\n'
+        f'There is: {", ".join(HYBRIDS)}.')
+  raise ValueError(
+      f'Size {size_name!r} is one behind a ResNet and has no stem {stem!r}.\n'
+      f"Take the stem 'resnet', or the size {HYBRIDS[size_name][0]!r}.")
 
 
 def conv_stem(size_name: str, stem: str) -> ConvStem:
