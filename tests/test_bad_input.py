@@ -80,7 +80,10 @@ def test_a_missing_key(path):
 def test_a_key_that_the_model_does_not_take():
   c = recipes.base()
   c.model.extra = 1
-  with runs.refused("Unknown key of model 'extra'"):
+  with runs.refused("Unknown key of model 4GF 'extra'"):
+    train_state.model_fields(c.model, ())
+  c = base(model__size='BiT-R50x1')  # with the keys of a ViT
+  with runs.refused("Unknown key of model BiT-R50x1 'batch_norm'"):
     train_state.model_fields(c.model, ())
 
 

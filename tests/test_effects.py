@@ -72,12 +72,14 @@ EFFECTS = {
     'input.std': ('step', (0.4,)),
     'input.num_train': ('refused', 5),
     'input.num_classes': ('refused', 5),
-    'model.size': ('init', 'S/16'),
+    'model.size': ('init', {
+        'micro': 'S/16', '4GF': 'S/16', 'Mixer-micro': 'Mixer-S/16',
+        'BiT-micro': 'BiT-R50x1'}),
     'model.stem': ('init', 'patchify'),
     'model.pool': ('init', {'gap': 'token', 'token': 'gap'}),
     'model.pre_logits': ('init', True),
     'model.pos_embedding': ('init', 'sincos2d'),
-    'model.gelu': ('step', 'tanh'),
+    'model.gelu': ('step', {'erf': 'tanh', 'tanh': 'erf'}),
     'model.norm_eps': ('step', 1e-5),
     'model.init': ('init', 'big_vision'),
     'model.head_bias': ('init', -10.0),
@@ -148,6 +150,9 @@ CONFIGS = {
     'digits_sgd': ('digits.py', 'stem=patchify_bn,optimizer=sgd',
                    {'model.scan': True}),
     'vit_c_i1k': ('vit_c_i1k.py', None, {'model.scan': True}),
+    'mixer': ('digits.py', None, {
+        'model': recipes.mixer('Mixer-micro'), 'model.scan': True}),
+    'bit': ('digits.py', None, {'model': recipes.bit('BiT-micro')}),
 }
 
 
@@ -192,6 +197,8 @@ def build(name, changes, tmp_path, request):
     section = c
     for parent in parents:
       section = section[parent]
+    if isinstance(value, ConfigDict):
+      value = value.copy_and_resolve_references()
     if value == 'SECTION':
       c[parents[0]] = ConfigDict(SECTIONS[path][section[leaf]])
     else:
@@ -347,10 +354,12 @@ UNCHANGED = {}  # {(config, what is observed, given): what was observed}
 def leaves():
   """(config, leaf); what digits has shown before is slow to show again."""
   shown = set()
-  for name, (file, args, _) in CONFIGS.items():
+  for name, (file, args, always) in CONFIGS.items():
     c = test_config.load(f'{test_config.ROOT}/configs/{file}', args)
+    c.model = always.get('model', c.model)
+    part = {'digits_sgd': 'optimizer.', 'mixer': 'model.', 'bit': 'model.'}
     for path in sorted(config_lib.flatten(c.to_dict())):
-      if name != 'digits_sgd' or path.startswith('optimizer.'):
+      if path.startswith(part.get(name, '')):
         marks = [pytest.mark.slow] if path in shown else []
         yield pytest.param(name, path, marks=marks)
         shown.add(path)

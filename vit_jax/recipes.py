@@ -101,6 +101,19 @@ def base():
   return c
 
 
+def mixer(size):
+  """The section `model` of an MLP-Mixer: 'Mixer-S/32' .. 'Mixer-H/14'."""
+  return ConfigDict(dict(
+      size=size, gelu='tanh', norm_eps=1e-6, head_bias=0.0,
+      stochastic_depth=0.0, dtype='auto', scan=False, remat='none'))
+
+
+def bit(size):
+  """The section `model` of a BiT ResNet: 'BiT-R50x1' .. 'BiT-R152x4'."""
+  return ConfigDict(dict(
+      size=size, head_bias=0.0, dtype='auto', remat='none'))
+
+
 def adamw(lr, weight_decay, decay=DECAY_PAPER):
   """AdamW as in the paper: betas 0.9 / 0.999, no clipping."""
   return ConfigDict(dict(

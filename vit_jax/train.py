@@ -52,6 +52,7 @@ from vit_jax import durations
 from vit_jax import ema
 from vit_jax import evaluators
 from vit_jax import metric_writer
+from vit_jax import models
 from vit_jax import optimizer
 from vit_jax import pace
 from vit_jax import param_paths
@@ -65,7 +66,6 @@ from vit_jax import train_state
 from vit_jax import train_step
 from vit_jax import wandb_logger
 from vit_jax import workdir as workdir_lib
-from vit_jax.models import vit
 
 BAD_INPUT, NOT_FINITE, NOT_SAVED, STOPPED = 2, 3, 4, 75
 
@@ -117,7 +117,7 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
 
   # The model, and the rule by which it learns.
   frozen = tuple(config.frozen)
-  model = vit.create(
+  model = models.create(
       num_classes=len(data.class_names), **train_state.model_fields(
           config.model, frozen))
   checks.check_model(model, data, batch_size)

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax import choices
+from vit_jax import models
 from vit_jax import param_paths
 from vit_jax import sharding
 from vit_jax.models import stems
-from vit_jax.models import vit
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -67,7 +67,7 @@ def create(variables, make_tx, frozen, with_ema):
 
 
 def model_fields(config, frozen):
-  """What `vit.create` takes, from a config section.
+  """What `models.create` takes, from a config section.
 
   dtype 'auto' is bfloat16 on accelerators and float32 on CPU, where bfloat16
   is slower. BatchNorm whose parameters are frozen keeps its statistics too.
@@ -77,17 +77,22 @@ def model_fields(config, frozen):
     frozen: regexes of the parameters that are not trained.
 
   Raises:
-    ValueError: an unknown key, size or stem, or `frozen` has some of
-      BatchNorm's parameters and not the others.
+    ValueError: an unknown key, size or stem, a key that this kind of model
+      does not take, or `frozen` has some of BatchNorm's parameters and not the
+      others.
   """
-  known = set(inspect.signature(vit.create).parameters) - {'num_classes'}
+  size = config['size']
+  family = models.family(size)
+  known = set(inspect.signature(family.create).parameters) - {'num_classes'}
   for key in sorted(set(config) - known):
-    raise ValueError(choices.unknown(key, sorted(known), 'key of model'))
+    raise ValueError(
+        choices.unknown(key, sorted(known), f'key of model {size}'))
   fields = {key: config[key] for key in config}
   if fields['dtype'] == 'auto':
     on_cpu = jax.default_backend() == 'cpu'
     fields['dtype'] = 'float32' if on_cpu else 'bfloat16'
-  if frozen and _is_batch_norm_frozen(config['size'], config['stem'], frozen):
+  if (frozen and 'stem' in known
+      and _is_batch_norm_frozen(size, config['stem'], frozen)):
     fields['batch_norm'] = 'frozen'
   return fields
 

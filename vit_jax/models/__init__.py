@@ -1,1 +1,36 @@
 """Models: jax and flax only; they know no data, mesh or config file."""
+from flax import linen as nn
+
+from vit_jax import choices
+from vit_jax.models import bit
+from vit_jax.models import mixer
+from vit_jax.models import variants
+from vit_jax.models import vit
+
+FAMILIES = (
+    # module, the sizes that it builds
+    (vit, variants.SIZES),
+    (mixer, variants.MIXERS),
+    (bit, variants.BITS),
+)
+
+
+def create(*, size: str, num_classes: int, **fields) -> nn.Module:
+  """Builds a model: `model.apply(variables, images, train=False)` is logits.
+
+  Args:
+    size: a size of any family: '4GF', 'S/16', 'R26+S/32', 'Mixer-B/16',
+      'BiT-R50x1', ...
+    num_classes: C of the logits, at least 1.
+    **fields: what the family's own `create` takes: `vit`, `mixer`, `bit`.
+
+  Raises:
+    ValueError: unknown names, or a number out of range.
+  """
+  return family(size).create(size=size, num_classes=num_classes, **fields)
+
+
+def family(size: str):
+  """Returns the module that builds a size; ValueError for an unknown one."""
+  found = {name: module for module, sizes in FAMILIES for name in sizes}
+  return choices.pick(found, size, 'size')

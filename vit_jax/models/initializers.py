@@ -10,6 +10,7 @@ import jax
 from jax.nn.initializers import Initializer
 from jax.nn.initializers import normal
 from jax.nn.initializers import variance_scaling
+from jax.nn.initializers import zeros
 import jax.numpy as jnp
 
 
@@ -93,5 +94,16 @@ INITIALIZERS = {
         mlp=_xavier_uniform,
         mlp_bias=normal(1e-6),
         pos_embedding=_normal_over_channels(1.0),
+    ),
+    # What linen does unasked: big_vision models/mlp_mixer.py, bit_paper.py.
+    'flax': Initializers(
+        embedding=_lecun_normal,
+        conv=_lecun_normal,
+        projection=_lecun_normal,
+        qkv=_lecun_normal,
+        out=_lecun_normal,
+        mlp=_lecun_normal,
+        mlp_bias=zeros,
+        pos_embedding=normal(0.02),
     ),
 }

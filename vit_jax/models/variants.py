@@ -9,7 +9,8 @@ Two families of names:
                     "Scaling Vision Transformers" (arXiv 2106.04560, Table 2),
                     written with the patch behind the slash.
   'R26+S/32', ...   the same behind a ResNet, with stem 'resnet' and no other.
-and 'micro', patch 8, for images of 32 pixels and for tests.
+and 'micro', patch 8, for images of 32 pixels and for tests. `MIXERS` and `BITS`
+are the other two families.
 
 ViT_C is ViT_P with another stem and one block fewer, so that flops stay equal:
 that block is a column below. The names of stems are listed in `stems.STEMS`.
@@ -121,6 +122,60 @@ PATCHIFYING_STEMS = {
     ('micro', 'S1'): ConvStem((3, 3, 2), (2, 2, 2), (18, 36, 80)),
     ('micro', 'S2'): ConvStem((3, 3, 4), (2, 1, 4), (10, 20, 40)),
     ('micro', 'S3'): ConvStem((3, 3, 8), (1, 1, 8), (5, 9, 20)),
+}
+
+
+
+class Mixer(NamedTuple):
+  """One size of MLP-Mixer (arXiv 2105.01601, Table 1).
+
+  Attributes:
+    patch: pixels per token and axis.
+    width: D.
+    depth: number of blocks.
+    channels_mlp: width of the MLP over channels, which each token has.
+    tokens_mlp: width of the MLP over tokens, which each channel has.
+  """
+  patch: int
+  width: int
+  depth: int
+  channels_mlp: int
+  tokens_mlp: int
+
+
+MIXERS = {
+    #                     patch width depth channels tokens
+    'Mixer-S/32':    Mixer(32,  512,   8,   2048,   256),
+    'Mixer-S/16':    Mixer(16,  512,   8,   2048,   256),
+    'Mixer-B/32':    Mixer(32,  768,  12,   3072,   384),
+    'Mixer-B/16':    Mixer(16,  768,  12,   3072,   384),
+    'Mixer-L/32':    Mixer(32, 1024,  24,   4096,   512),
+    'Mixer-L/16':    Mixer(16, 1024,  24,   4096,   512),
+    'Mixer-H/14':    Mixer(14, 1280,  32,   5120,   640),
+    'Mixer-micro':   Mixer(8,    64,   4,    192,    32),
+}
+
+
+class BiT(NamedTuple):
+  """One size of BiT (arXiv 1912.11370): a ResNet-v2, wider by a factor.
+
+  Attributes:
+    units: units in each stage.
+    width: channels of the root and of the first stage's 3x3 convolutions, 64
+      times the factor.
+  """
+  units: tuple[int, ...]
+  width: int
+
+
+BITS = {
+    'BiT-R50x1': BiT((3, 4, 6, 3), 64),
+    'BiT-R101x1': BiT((3, 4, 23, 3), 64),
+    'BiT-R50x3': BiT((3, 4, 6, 3), 192),
+    'BiT-R101x3': BiT((3, 4, 23, 3), 192),
+    'BiT-R152x2': BiT((3, 8, 36, 3), 128),
+    'BiT-R152x4': BiT((3, 8, 36, 3), 256),
+    'BiT-micro': BiT((1, 1), 32),
 }
 
 

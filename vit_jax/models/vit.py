@@ -26,7 +26,6 @@ from vit_jax.models import variants
 
 POOLS = ('token', 'gap', 'map')
 POS_EMBEDDINGS = ('learned', 'sincos2d')
-DTYPES = ('float32', 'bfloat16')
 
 
 class ViT(nn.Module):
@@ -222,38 +221,18 @@ def create(
     ValueError: an unknown name (the message lists the choices), a rate out of
       range, or a stem that the size does not have.
   """
-  for what, name, known in (
-      ('size', size, variants.SIZES),
-      ('stem', stem, stems.STEMS),
-      ('pool', pool, POOLS),
-      ('pos_embedding', pos_embedding, POS_EMBEDDINGS),
-      ('gelu', gelu, encoder.GELUS),
-      ('init', init, initializers.INITIALIZERS),
-      ('batch_norm', batch_norm, stems.BATCH_NORM),
-      ('remat', remat, encoder.REMATS),
-      ('dtype', dtype, DTYPES),
-  ):
-    if name not in known:
-      raise ValueError(choices.unknown(name, known, what))
-  for what, rate in (
-      ('dropout', dropout), ('stochastic_depth', stochastic_depth)):
-    if not 0.0 <= rate < 1.0:
-      raise ValueError(
-          f'The rate {what} is {rate}.\nIt is a probability in [0, 1); 0 turns '
-          'it off.')
-  for what, number in (('norm_eps', norm_eps), ('head_bias', head_bias)):
-    if not abs(number) < 1e30 or (what == 'norm_eps' and number < 0):
-      raise ValueError(
-          f'{what} is {number}.\nIt is a finite number; norm_eps is at least 0 '
-          'and about 1e-6.')
+  choices.check({
+      'size': (size, variants.SIZES), 'stem': (stem, stems.STEMS),
+      'pool': (pool, POOLS), 'pos_embedding': (pos_embedding, POS_EMBEDDINGS),
+      'gelu': (gelu, encoder.GELUS), 'init': (init, initializers.INITIALIZERS),
+      'batch_norm': (batch_norm, stems.BATCH_NORM),
+      'remat': (remat, encoder.REMATS), 'dtype': (dtype, encoder.DTYPES)})
+  check_numbers(num_classes, norm_eps, head_bias, dropout=dropout,
+                stochastic_depth=stochastic_depth)
   if batch_norm_group < 0:
     raise ValueError(
         f'batch_norm_group is {batch_norm_group}.\nIt is a number of examples, '
         'or 0: statistics of the whole batch.')
-  if num_classes < 1:
-    raise ValueError(
-        f'The model has {num_classes} classes.\nnum_classes is at least 1.')
-
   row = variants.size(size)
   return ViT(
       stem=stems.create(
@@ -265,6 +244,23 @@ def create(
       pre_logits=pre_logits, pos_embedding=pos_embedding, gelu=gelu,
       norm_eps=norm_eps, init_name=init, head_bias=head_bias, dropout=dropout,
       stochastic_depth=stochastic_depth, scan=scan, remat=remat, dtype=dtype)
+
+
+def check_numbers(num_classes, norm_eps, head_bias, **rates):
+  """Raises ValueError for what no model can have; see `create`."""
+  for what, rate in rates.items():
+    if not 0.0 <= rate < 1.0:
+      raise ValueError(
+          f'The rate {what} is {rate}.\nIt is a probability in [0, 1); 0 turns '
+          'it off.')
+  for what, number in (('norm_eps', norm_eps), ('head_bias', head_bias)):
+    if not abs(number) < 1e30 or (what == 'norm_eps' and number < 0):
+      raise ValueError(
+          f'{what} is {number}.\nIt is a finite number; norm_eps is at least 0 '
+          'and about 1e-6.')
+  if num_classes < 1:
+    raise ValueError(
+        f'The model has {num_classes} classes.\nnum_classes is at least 1.')
 
 
 def token_grid(
