@@ -56,6 +56,7 @@ def base():
       holdout=0.1,      # evaluation share where the data has no such part
       channels=3,
       epoch='exact',    # N/B steps; floor: N//B, the tail dropped (the paper)
+      repeats=1,        # times in a row that an example comes (DeiT: 3)
       pp='decode',      # training images
       eval_pp='decode',
       mean=(0.5,), std=(0.5,),  # (x/255 - mean) / std, one or one a channel
