@@ -417,4 +417,12 @@ def tfds(path, holdout, classes, **options):
       path, classes=classes, **{**TFDS_ONLY, **options})
 
 
-SOURCES = {'digits': digits, 'arrays': arrays, 'folder': folder, 'tfds': tfds}
+def packed(path, holdout, classes):
+  """What `vit-jax pack` made; see `input_pipeline.packed`."""
+  del holdout  # packed with the rest
+  from input_pipeline import packed as packed_
+  return packed_.open_splits(path, classes)
+
+
+SOURCES = {'digits': digits, 'arrays': arrays, 'folder': folder, 'tfds': tfds,
+           'packed': packed}
