@@ -48,6 +48,7 @@ SOME_PATHS = ('stem/projection/.*',)
 SIZED = {'input.pp': 'decode|resize(32)',
          'input.eval_pp': 'decode|resize(32)'}
 TFDS = {'input.source': 'tfds', 'input.path': 'a_name', **SIZED}
+VIT_P = {'model.stem': 'patchify', 'model.pool': 'token'}
 PYCLS = dict(name='pycls', alpha=1e-5, every_steps=32)
 # leaf: (what it changes, another value), then changes that both arms have.
 # A key of several parts in the last dict, or a dict, replaces a section.
@@ -122,11 +123,11 @@ EFFECTS = {
     'init_from.run': ('init', 'FINISHED'),
     'init_from.weights': (
         'init', 'raw', {'init_from.run': 'FINISHED'}),
-    'init_from.checkpoint': ('init', 'RELEASED'),
+    'init_from.checkpoint': ('init', 'RELEASED', VIT_P),
     'init_from.resize': (
-        'init', 'antialias', {'init_from.checkpoint': 'RELEASED'}),
+        'init', 'antialias', {**VIT_P, 'init_from.checkpoint': 'RELEASED'}),
     'init_from.channels': (
-        'init', 'bgr', {'init_from.checkpoint': 'RELEASED'}),
+        'init', 'bgr', {**VIT_P, 'init_from.checkpoint': 'RELEASED'}),
     'init_from.paths': (
         'init', SOME_PATHS, {'init_from.run': 'FINISHED'}),
     'init_from.reset': (
@@ -218,7 +219,6 @@ def build(name, changes, tmp_path, request):
 
 def released(config, tmp_path):
   """A file of weights in timm's names, for images of twice the size."""
-  config.model.stem, config.model.pool = 'patchify', 'token'
   model = models.create(
       num_classes=10, **train.train_state.model_fields(config.model, ()))
   images = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)

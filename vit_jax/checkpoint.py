@@ -254,8 +254,8 @@ def init_from(config, variables, grid=None):
   paths, reset = tuple(config['paths']), tuple(config['reset'])
   options = {key: config[key] for key in ('resize', 'channels')}
   if run and file:
-    raise ValueError(f'init_from.run={run} and init_from.checkpoint={file} both '
-                     'give weights.\nKeep one of them.')
+    raise ValueError(f'init_from.run={run} and init_from.checkpoint={file} are '
+                     'both given.\nKeep one of them.')
   if file:
     given, report = pretrained.load(
         file, variables, paths=paths, reset=reset, grid=grid, **options)

@@ -188,8 +188,8 @@ def looks_like(tensors, layout):
     return n
 
   if layout.family == 'bit':
-    units = tuple(count(f'stage_{i}_unit_{{:02d}}/conv_1/kernel')
-                  for i in range(4))
+    units = tuple(filter(None, (
+        count(f'stage_{i}_unit_{{:02d}}/conv_1/kernel') for i in range(4))))
     width = shape('conv_root/kernel')
     width = width and width[0 if layout.torch else -1]
     return (_name(variants.BITS, (units, width))
