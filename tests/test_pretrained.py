@@ -318,6 +318,30 @@ def test_damaged_values(vit_p, tmp_path):
     pretrained.load(str(path), vit_p[0])
 
 
+@pytest.mark.parametrize('suffix', ['npz', 'safetensors'])
+def test_changed_bytes_are_two_lines_or_harmless(suffix, vit_p, tmp_path):
+  variables, values = vit_p
+  path = tmp_path / f'a.{suffix}'
+  write(path, writers.arrays(
+      values['params'], 'augreg' if suffix == 'npz' else 'timm'))
+  good, refused = path.read_bytes(), 0
+  for case in range(40):
+    rng = np.random.default_rng(case)
+    content = bytearray(good)
+    # Where names, shapes and offsets stand: both ends.
+    for at in rng.integers(0, 3000, 3):
+      content[at if case % 2 else -1 - at] = rng.integers(256)
+    path.write_bytes(content[:rng.integers(len(good))] if case % 5 == 0
+                     else content)
+    try:
+      pretrained.load(str(path), variables)
+    except ValueError as e:
+      refused += 1
+      lines = str(e).split('\n')
+      assert len(lines) == 2 and all(x.endswith('.') for x in lines), lines
+  assert refused > 10
+
+
 def test_torch_files(vit_p, tmp_path):
   """The program is data only; and torch is not needed for anything else."""
   variables, values = vit_p
