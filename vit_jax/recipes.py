@@ -79,7 +79,7 @@ def base():
   """Every key of a run with its default; configs change what they mean to."""
   c = ConfigDict()
   # --- what is computed
-  c.seed = 0          # initialisation and dropout
+  c.seed = 0          # initialisation, augmentation and dropout
   c.data_seed = -1    # order and host crops; -1: the same number as seed
   c.total_epochs = 50.0
   c.global_batch_size = 2048  # over all devices and processes
@@ -103,6 +103,9 @@ def base():
       stream=False,     # stream TFRecord files of a local disk, too
       window=16384,     # records within which a stream is shuffled
   )
+  # In the training step: ops of vit_jax/augment.py, such as
+  # 'randaug(2, 10)|mixup(0.2)'; '': none.
+  c.augment = ''
   c.model = dict(
       size='4GF', stem='conv', pool='token', pre_logits=False,
       pos_embedding='learned', gelu='erf', norm_eps=1e-6, init='paper',
@@ -126,6 +129,8 @@ def base():
   # --- how it is done
   c.mesh = dict(data=-1)
   c.prefetch = 2      # batches ahead on the device
+  c.augment_driver = 'auto'  # loop (for CPUs) | batched: the same bits
+  c.augment_on = 'device'    # host: what is on uint8, before the transfer
   c.log = dict(every_steps=50)
   c.eval = dict(every_epochs=1.0, batch_size=0)  # 0: the training batch
   c.evaluators = dict(test=dict(name='classification', split='test'))
