@@ -37,14 +37,18 @@ import input_pipeline
 from input_pipeline import sources
 from tests import test_config
 from vit_jax import config as config_lib
+from vit_jax import models
 from vit_jax import recipes
 from vit_jax import sharding
 from vit_jax import train
+from vit_jax.pretrained import files
+from vit_jax.pretrained import writers
 
 SOME_PATHS = ('stem/projection/.*',)
 SIZED = {'input.pp': 'decode|resize(32)',
          'input.eval_pp': 'decode|resize(32)'}
 TFDS = {'input.source': 'tfds', 'input.path': 'a_name', **SIZED}
+VIT_P = {'model.stem': 'patchify', 'model.pool': 'token'}
 PYCLS = dict(name='pycls', alpha=1e-5, every_steps=32)
 # leaf: (what it changes, another value), then changes that both arms have.
 # A key of several parts in the last dict, or a dict, replaces a section.
@@ -119,6 +123,11 @@ EFFECTS = {
     'init_from.run': ('init', 'FINISHED'),
     'init_from.weights': (
         'init', 'raw', {'init_from.run': 'FINISHED'}),
+    'init_from.checkpoint': ('init', 'RELEASED', VIT_P),
+    'init_from.resize': (
+        'init', 'antialias', {**VIT_P, 'init_from.checkpoint': 'RELEASED'}),
+    'init_from.channels': (
+        'init', 'bgr', {**VIT_P, 'init_from.checkpoint': 'RELEASED'}),
     'init_from.paths': (
         'init', SOME_PATHS, {'init_from.run': 'FINISHED'}),
     'init_from.reset': (
@@ -193,6 +202,8 @@ def build(name, changes, tmp_path, request):
         json.dump([f'class {i}' for i in range(count)], f)
     elif value == 'FINISHED':
       value = request.getfixturevalue('finished')[0]
+    elif value == 'RELEASED':
+      value = released(c, tmp_path)
     *parents, leaf = path.split('.')
     section = c
     for parent in parents:
@@ -204,6 +215,21 @@ def build(name, changes, tmp_path, request):
     else:
       section[leaf] = value[section[leaf]] if isinstance(value, dict) else value
   return c
+
+
+def released(config, tmp_path):
+  """A file of weights in timm's names, for images of twice the size."""
+  model = models.create(
+      num_classes=10, **train.train_state.model_fields(config.model, ()))
+  images = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+      lambda x: rng.normal(size=x.shape).astype(np.float32), jax.eval_shape(
+          lambda key, x: model.init(key, x, train=False), jax.random.key(0),
+          images)['params'])
+  path = str(tmp_path / 'released.safetensors')
+  files.write_safetensors(path, writers.arrays(params, 'timm'))
+  return path
 
 
 def observe(config, what, tmp_path, monkeypatch):
@@ -378,7 +404,8 @@ def test_an_unchanged_config_is_observed_equal_twice(
 def test_every_leaf_has_an_effect(name, path, tmp_path, request, monkeypatch):
   assert path in EFFECTS, 'say here what the key changes'
   what, value, given = (*EFFECTS[path], {})[:3]
-  if name == 'vit_c_i1k' and 'FINISHED' in (value, *given.values()):
+  if name == 'vit_c_i1k' and {'FINISHED', 'RELEASED'} & {
+      str(v) for v in (value, *given.values())}:
     return  # the same code as in digits, and there are no such weights
   changed = build(name, {**given, path: value}, tmp_path, request)
   if what == 'refused':

@@ -124,6 +124,9 @@ def base():
   c.init_from = dict(
       run='',           # a workdir whose newest checkpoint gives weights
       weights='ema',    # ema | raw; ema falls back to raw where there is none
+      checkpoint='',    # a released .npz, .safetensors or torch file instead
+      resize='aligned',  # position embeddings: aligned (reference) | antialias
+      channels='auto',  # auto | rgb | bgr: what the file was trained on
       paths=('.*',),    # regexes of the parameters taken
       reset=())         # regexes of those left at their initialisation
   # --- how it is done

@@ -153,7 +153,8 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
 
   # Its state: the first match of the list in checkpoint.py.
   checkpoint.check_disk(workdir, abstract_state)
-  given = checkpoint.init_from(config.init_from, variables)
+  given = checkpoint.init_from(
+      config.init_from, variables, models.grid(model, data.image_shape))
   manager = checkpoint.Manager(
       workdir, config.checkpoint.keep_last, config.checkpoint.keep_best)
   prefetch = ranges.check('prefetch', config.prefetch, 1)

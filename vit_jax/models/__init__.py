@@ -34,3 +34,10 @@ def family(size: str):
   """Returns the module that builds a size; ValueError for an unknown one."""
   found = {name: module for module, sizes in FAMILIES for name in sizes}
   return choices.pick(found, size, 'size')
+
+
+def grid(model: nn.Module, image_shape: tuple[int, ...]):
+  """Returns the model's token grid (h, w) for images (H, W, ...), or None."""
+  if not hasattr(model, 'patch'):
+    return None
+  return vit.token_grid(model.patch, tuple(image_shape[:2]))[0]
