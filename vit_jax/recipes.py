@@ -305,7 +305,8 @@ def smoke(c):
       (c, 'total', 4), (c.schedule, 'warmup', 1), (c.log, 'every', 1),
       (c.eval, 'every', 0), (c.checkpoint, 'every', 0)):
     for unit in ('steps', 'epochs', 'examples', 'percent'):
-      section.pop(f'{key}_{unit}', None)
+      if f'{key}_{unit}' in section:
+        del section[f'{key}_{unit}']
     section[f'{key}_steps'] = steps
   return c
 
