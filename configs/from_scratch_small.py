@@ -36,9 +36,9 @@ def get_config(args=None):
   crop = {'resized': f'random_resized_crop({args.res}, 35, 100)',
           'pad': f'pad_crop({args.res}, 4)'}[args.crop]
   c.input.pp = f'decode|{crop}|flip_lr'
-  c.input.eval_pp = (
-      'decode' if args.crop == 'pad' else
-      f'decode|resize_small({round(args.res * 8 / 7)})|central_crop({args.res})')
+  if args.crop == 'resized':
+    small = round(args.res * 8 / 7)
+    c.input.eval_pp = f'decode|resize_small({small})|central_crop({args.res})'
   c.augment = "randaug(2, 9, 'timm')|mixup_cutmix(0.8, 1.0)"
   c.model.size, c.model.stem = args.size, args.stem
   c.model.pool = 'gap'

@@ -9,7 +9,7 @@ from input_pipeline import sources
 
 _CHANNELS = (1, 3)
 _KEYS = ('source', 'path', 'classes', 'holdout', 'channels', 'epoch', 'pp',
-         'eval_pp', 'max_bad_fraction')
+         'repeats', 'eval_pp', 'max_bad_fraction')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +47,7 @@ def open_data(config_input, data_seed, splits=None):
       pp, eval_pp: ops of training and evaluation; see `ops.OPS`.
       channels: 1 or 3.
       epoch: 'exact' or 'floor'; see `order.batch_positions`.
+      repeats: from 1 on; see `order.batch_examples`.
       holdout: fraction in (0, 1) of the training examples to evaluate on
         where the data has no part for it. Which ones never changes.
       classes: '' or a JSON file with the list of class names in order.
@@ -82,6 +83,8 @@ def open_data(config_input, data_seed, splits=None):
     options = tfds_only if name == 'tfds' else {}
     splits = sources.SOURCES[name](
         section['path'], section['holdout'], class_names, **options)
+  if splits.train.streamed:
+    order.check_not_repeated(section['repeats'])
   for split, source in {'train': splits.train, **splits.evals}.items():
     if not source.num_examples:
       raise ValueError(f'{name}: {split} has no examples.\n'
@@ -105,6 +108,7 @@ def _check_values(section):
   for key, choices in (('source', tuple(sources.SOURCES)),
                        ('epoch', order.EPOCHS), ('channels', _CHANNELS)):
     _check_choice(key, section[key], choices)
+  order.check_repeats(section['repeats'])
   holdout, max_bad = section['holdout'], section['max_bad_fraction']
   if not isinstance(holdout, (int, float)) or not 0 < holdout < 1:
     raise ValueError(

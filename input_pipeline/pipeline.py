@@ -11,6 +11,7 @@ import functools
 import itertools
 import os
 import struct
+from typing import NamedTuple
 
 from absl import logging
 import numpy as np
@@ -33,8 +34,21 @@ READ_ERRORS = (
 _SUBSTITUTES = 16
 
 
+class Rows(NamedTuple):
+  """The examples of a batch: int64 [n] each, and what a stream holds of them.
+
+  Attributes:
+    epoch, index, repeat: as of `order.batch_examples`.
+    records: list of n where the source is streamed, else None.
+  """
+  epoch: np.ndarray
+  index: np.ndarray
+  repeat: np.ndarray
+  records: list | None
+
+
 def train_batches(data, *, global_batch_size, data_seed, start_step=0,
-                  epoch='exact', process_index=0, process_count=1):
+                  epoch='exact', repeats=1, process_index=0, process_count=1):
   """Endless batches of one process, from any step on at once.
 
   In place of an image that cannot be read stands another, drawn by
@@ -48,6 +62,7 @@ def train_batches(data, *, global_batch_size, data_seed, start_step=0,
     data_seed: int in [0, 2**63).
     start_step: first step; its batch equals that of an unbroken stream.
     epoch: 'exact' or 'floor'; see `order.batch_positions`.
+    repeats: how often in a row an example comes; see `order.batch_examples`.
     process_index: which rows of each global batch: b from process_index * b.
     process_count: divides B; b = B / process_count.
 
@@ -65,7 +80,8 @@ def train_batches(data, *, global_batch_size, data_seed, start_step=0,
   def rows(step):
     return order.batch_examples(
         data_seed, step, num_examples=source.num_examples,
-        global_batch_size=global_batch_size, epoch=epoch, **processes)
+        global_batch_size=global_batch_size, epoch=epoch, repeats=repeats,
+        **processes)
 
   size = len(rows(start_step)[1])
   if source.streamed and epoch != 'exact':
@@ -73,12 +89,13 @@ def train_batches(data, *, global_batch_size, data_seed, start_step=0,
         f'A streamed source has no input.epoch={epoch!r}.\n'
         "Use input.epoch='exact', or copy the data to a local disk.")
   if source.streamed:
+    order.check_not_repeated(repeats)
     source.files_of(**processes, data_seed=data_seed)  # raises if too few
 
   def rows_from(first):
     if not source.streamed:
       for step in itertools.count(first):
-        yield (*rows(step), None)
+        yield Rows(*rows(step), None)
     records = source.shuffled(data_seed, first * size, **processes)
     while True:
       yield _columns(itertools.islice(records, size))
@@ -145,7 +162,8 @@ def eval_batches(data, split, *, global_batch_size, process_index=0,
         yield _columns(itertools.islice(stream, size))
       else:
         index = np.arange(first(batch), min(first(batch) + size, mine))
-        yield np.zeros_like(index), index, None
+        none = np.zeros_like(index)
+        yield Rows(none, index, none, None)
 
   def pad(x):
     return np.concatenate([x, np.zeros((size - len(x), *x.shape[1:]), x.dtype)])
@@ -157,11 +175,12 @@ def eval_batches(data, split, *, global_batch_size, process_index=0,
           for image, label, ok in job.run(0, count))
 
 
-def _columns(rows):
-  """(epoch, index, record) triples as (int64 [n], int64 [n], list)."""
-  epoch, index, records = zip(*rows, strict=True) if (
-      rows := list(rows)) else ((), (), ())
-  return np.array(epoch, np.int64), np.array(index, np.int64), list(records)
+def _columns(triples):
+  """Rows of a stream's (epoch, index, record)."""
+  epoch, index, records = zip(*triples, strict=True) if (
+      triples := list(triples)) else ((), (), ())
+  return Rows(np.array(epoch, np.int64), np.array(index, np.int64),
+              np.zeros(len(index), np.int64), list(records))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,9 +194,8 @@ class Job:
     shape: (H, W, C) that results.
     data_seed: int.
     bad: bad_images.BadImages.
-    rows_from: function of a step: an iterator of (epoch int64 [n], index int64
-      [n], records) of that and the following steps; records are a list where
-      the source is streamed, else None.
+    rows_from: function of a step: an iterator of Rows of that and the
+      following steps.
     size: function of a step: n. The same at all steps but the last; once it is
       0 it stays so.
   """
@@ -212,6 +230,11 @@ class Job:
         take = _next_ok(ok)
         image, label, ok = image[take], label[take], ok[take]
       yield image, label, ok
+
+  def draws(self, rows):
+    """float64 [n, D], the random numbers of Rows; see `ops.draw`."""
+    return ops_.draw(
+        self.ops, self.data_seed, rows.epoch, rows.index, rows.repeat)
 
   @property
   def substitutes(self):
@@ -302,12 +325,12 @@ def _numpy_images(job, start, count):
       if not job.size(step):
         yield no_images(shape)
         continue
-      epoch, index, records = next(rows)
-      draws = ops_.draw(ops, job.data_seed, epoch, index)
+      chosen = next(rows)
+      draws, index = job.draws(chosen), chosen.index
       if source.encoded:
         found, tried = zip(*pool.map(
-            load, epoch, index, draws, records or [None] * len(index)),
-                           strict=True)
+            load, chosen.epoch, index, draws,
+            chosen.records or [None] * len(index)), strict=True)
         none = np.zeros(shape, np.uint8), 0
         images, labels = zip(*(f or none for f in found), strict=True)
         ok = np.array([f is not None for f in found])
@@ -335,6 +358,8 @@ def decode_example(source, ops, draws, channels, index, record=None):
     READ_ERRORS: it cannot be read.
   """
   content, label = source.load(index, record)
-  image = ops_numpy.decode(content, channels)
-  return ops_numpy.apply(
-      image, ops, ops_.views(ops, *image.shape[:2], draws)), label
+  image = ops_numpy.open_image(content)
+  width, height = image.size
+  views = ops_.views(ops, height, width, draws, ops_numpy.is_jpeg(image))
+  pixels = ops_numpy.pixels(image, channels, views[0].scale)
+  return ops_numpy.apply(pixels, ops, views), label

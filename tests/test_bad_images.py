@@ -14,6 +14,7 @@ import pytest
 
 import input_pipeline
 from input_pipeline import bad_images
+from input_pipeline import ops
 from input_pipeline import ops_numpy
 from input_pipeline import order
 from input_pipeline import pipeline
@@ -28,7 +29,8 @@ N = 24
 INPUT = {**sources.TFDS_ONLY, 'source': 'folder',
          'pp': 'decode|inception_crop(16)|flip_lr',
          'eval_pp': 'decode|resize(16)', 'epoch': 'exact', 'channels': 3,
-         'holdout': .1, 'classes': '', 'max_bad_fraction': .3}
+         'holdout': .1, 'classes': '', 'max_bad_fraction': .3,
+         'repeats': 1}
 
 
 def encode(pixels, kind, mode=None, **options):
@@ -111,7 +113,7 @@ def test_substitutes_keep_order_and_resumption(root, engine):
       data.train.describe(i)) in DAMAGE}
   labels = []
   for step in range(9):
-    for epoch, index in zip(*order.batch_examples(
+    for epoch, index, _ in zip(*order.batch_examples(
         1, step, num_examples=N, global_batch_size=8), strict=True):
       attempt = itertools.count(1)
       i = int(index)
@@ -152,7 +154,7 @@ def test_too_many_end_the_run(root, engine):
   read = data.train.read
   data.train.read = lambda indices: time.sleep(.01 * random.random()) or (
       read(indices))
-  _, index = order.batch_examples(1, 0, num_examples=N, global_batch_size=8)
+  _, index, _ = order.batch_examples(1, 0, num_examples=N, global_batch_size=8)
   first = next(p for p in map(data.train.describe, index)
                if os.path.basename(p) in DAMAGE)
   with runs.refused(rf'^{re.escape(first)}.*with it 1 of 24 training images'):
@@ -269,8 +271,11 @@ def test_odd_formats_are_read_alike(name, channels):
   content = ODD[name]()
   ours = ops_numpy.decode(content, channels)
   assert ours.shape == (20, 30, channels) and ours.std() > 9
-  kind, prepared = ops_tf.prepare(content, ops_numpy.open_image(content))
-  theirs = ops_tf.decode(prepared, tf.constant(kind), [20, 30], channels)
+  file = ops_tf.look(content)
+  assert (file.height, file.width) == (20, 30)
+  view = np.array(ops.Decode().view(20, 30, None), np.int32)
+  theirs = ops_tf.decode(ops_tf.prepare(content, file), tf.constant(file.kind),
+                         view, False, channels)
   np.testing.assert_array_equal(ours, theirs)
   whole = noise(0, 20, 30, 4)
   if name == 'alpha' and channels == 3:  # dropped, nothing blended

@@ -64,6 +64,7 @@ EFFECTS = {
     'input.channels': ('batches', 1,
                        {'input.mean': (0.5,), 'input.std': (0.5,)}),
     'input.epoch': ('schedule', {'exact': 'floor', 'floor': 'exact'}),
+    'input.repeats': ('batches', 3),
     'input.pp': ('batches', 'decode|resize(32)|flip_lr', SIZED),
     'input.eval_pp': ('batches', 'decode|central_crop(16)|resize(32)', SIZED),
     'input.max_bad_fraction': ('data', 0.5),
@@ -264,18 +265,17 @@ def observe(config, what, tmp_path, monkeypatch):
     parts = {name: digest(next(input_pipeline.eval_batches(
         data, section[name].split, global_batch_size=batch_size,
         process_count=batch_size // 8))) for name in section}
-    first = digest(next(input_pipeline.train_batches(
-        data, global_batch_size=config.global_batch_size,
-        data_seed=seen['data_seed'], process_count=(
-            config.global_batch_size // 8))))
+    first = digest(next(seen['train_batches'](
+        process_count=config.global_batch_size // 8)))
     seen['batches'] = (batch_size, config.global_batch_size, parts, first)
 
   def open_data(data, section, data_seed, **_):
-    seen['data_seed'] = data_seed
     seen['data'] = (
         seen.get('asked'), data.class_names, data.bad._max_fraction)
 
-  def estimate(function, *_):
+  def estimate(function, section, model, variables, normalize, train_batches,
+               *_):
+    seen['train_batches'] = train_batches
     seen['estimate'] = inspect.getclosurevars(function).nonlocals.get(
         'num_batches')
 

@@ -26,7 +26,8 @@ CLASSES = ('a', 'b', 'c')
 INPUT = {**sources.TFDS_ONLY, 'source': 'tfds', 'path': 'mini:1.0.0',
          'pp': 'decode|inception_crop(8)|flip_lr',
          'eval_pp': 'decode|resize(8)', 'epoch': 'exact', 'channels': 3,
-         'holdout': .1, 'classes': '', 'max_bad_fraction': .05}
+         'holdout': .1, 'classes': '', 'max_bad_fraction': .05,
+         'repeats': 1}
 
 
 def examples(n, seed):

@@ -91,6 +91,7 @@ def base():
       holdout=0.1,      # evaluation share where the data has no such part
       channels=3,
       epoch='exact',    # N/B steps; floor: N//B, the tail dropped (the paper)
+      repeats=1,        # times in a row that an example comes (DeiT: 3)
       pp='decode',      # training images
       eval_pp='decode',
       mean=(0.5,), std=(0.5,),  # (x/255 - mean) / std, one or one a channel
@@ -279,7 +280,7 @@ def set_data(c, data):
 
 
 def smoke(c):
-  """Shrinks a config to four steps of a small model on made images.
+  """Shrinks a config to four steps of a small model on small made images.
 
   Everything else stays: ops, augmentation, loss, optimizer, schedule's form.
 
@@ -295,6 +296,9 @@ def smoke(c):
     for evaluator in c.evaluators.values():
       evaluator.split = 'val'
   c.input.update(num_train=0, num_classes=0)
+  for size, small in ((224, 64), (256, 72)):
+    for key in ('pp', 'eval_pp'):
+      c.input[key] = c.input[key].replace(f'({size}', f'({small}')
   c.global_batch_size, c.eval.batch_size = 8, 8
   c.model.scan = True  # one block compiles, whatever the depth
   c.model.batch_norm_group = min(c.model.batch_norm_group, 4)

@@ -140,8 +140,8 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
   train_batches = augment.on_host(functools.partial(
       input_pipeline.train_batches, data, global_batch_size=batch_size,
       data_seed=data_seed, epoch=config.input.epoch,
-      process_index=jax.process_index(), process_count=jax.process_count()),
-      hypers['key'])
+      repeats=config.input.repeats, process_index=jax.process_index(),
+      process_count=jax.process_count()), hypers['key'])
   estimate = precise_bn.create(
       config.precise_bn, model, variables, augment, train_batches, batch_size,
       mesh, hypers['key'])
