@@ -109,6 +109,7 @@ EFFECTS = {
     'optimizer.decay': ('step', ('.*',)),
     'schedule.name': ('schedule', 'linear'),
     'schedule.warmup_epochs': ('schedule', 1.0),
+    'schedule.warmup_steps': ('schedule', 1000),
     'schedule.warmup_start': ('schedule', 0.3),
     'schedule.cooldown_epochs': ('schedule', 1.0),
     'schedule.final': ('schedule', 0.1),
