@@ -169,7 +169,8 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
   writer = metric_writer.MetricWriter(workdir, start, total_steps, logger)
   say(f'{devices.summary()}\n{workdir}: {param_paths.size(trained):,} trained '
       f'parameters, {units.describe(total_steps)}, starting after {start}\n'
-      f'{optimizer.describe(config.optimizer)}')
+      f'{optimizer.describe(config.optimizer)}\n'
+      f'augment: {config.augment or "none"}')
 
   step_fn = compile_step(
       train_step.make(loss_fn, augment, make_tx, schedule, ema_alpha),
