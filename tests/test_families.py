@@ -61,7 +61,7 @@ def test_parameters(size):
 def test_the_tables_hold_these_and_one_for_tests():
   assert variants.MIXERS.keys() == MIXERS.keys() | {'Mixer-micro'}
   assert variants.BITS.keys() == BITS.keys() | {'BiT-micro'}
-  known = [name for _, sizes in models.FAMILIES for name in sizes]
+  known = [name for _, sizes in models.FAMILIES.values() for name in sizes]
   assert len(known) == len(set(known))
 
 

@@ -133,6 +133,27 @@ def test_logits(entry, tmp_path):
   assert max(differ) < 1e-4
 
 
+@pytest.mark.slow
+def test_bfloat16_of_released_size(tmp_path):
+  """Logits in bfloat16 stay within 3 % of the largest logit."""
+  golden, (_, fields) = GOLDENS['Ti/16'], ENTRIES['Ti/16']
+  logits = []
+  for dtype in ('float32', 'bfloat16'):
+    model = models.create(num_classes=10, **fields, dtype=dtype)
+    variables = shapes(model, 224)
+    path = str(tmp_path / 'weights.npz')
+    files.write_npz(path, on_disk('Ti/16', variables))
+    given, _ = pretrained.load(path, variables)
+    images = np.random.default_rng(golden['seed']).uniform(
+        -1, 1, (2, 224, 224, 3)).astype(np.float32)
+    logits.append(np.asarray(jax.jit(lambda p, x, model=model: model.apply(
+        {'params': p}, x, train=False))(
+            param_paths.unflatten(given['params']), images)))
+  differ = np.abs(logits[0] - logits[1]).max() / np.abs(logits[0]).max()
+  print(f'bfloat16: {differ:.2g} of the largest logit')
+  assert 1e-4 < differ < 0.03
+
+
 def test_every_golden_has_its_test():
   assert ENTRIES.keys() == GOLDENS.keys()
   assert {layout for layout, _ in ENTRIES.values()} <= layouts.LAYOUTS.keys()

@@ -11,6 +11,7 @@ COMMANDS = {
     'check-data': ('vit_jax.commands.check_data', 'decodes, counts all images'),
     'soak': ('vit_jax.commands.soak', 'memory of the input pipeline over time'),
     'doctor': ('vit_jax.commands.doctor', 'versions, devices, mismatches'),
+    'zoo': ('vit_jax.commands.zoo', 'released checkpoints: list, download'),
     'results': ('vit_jax.commands.results', 'final metrics of runs, by config'),
 }
 

@@ -86,17 +86,17 @@ class Layout:
   def to_file(self, path: str, array: np.ndarray) -> np.ndarray:
     """Our array in their order of axes (its part of a fused one)."""
     leaf = path.rpartition('/')[2]
+    # BiT's head is a convolution.
+    is_conv_head = self.family == 'bit' and path == 'head/kernel'
     if not self.torch or leaf not in _LEAVES:
-      return array
+      return array[None, None] if is_conv_head else array
     if leaf != 'kernel':
       return array.reshape(-1)
     if array.ndim == 4:
       return array.transpose(3, 2, 0, 1)
     inputs = array.shape[:2] if path.endswith('out/kernel') else array.shape[:1]
     array = array.reshape(int(np.prod(inputs)), -1).T
-    # BiT's head is a convolution.
-    is_conv = self.family == 'bit' and path == 'head/kernel'
-    return array[..., None, None] if is_conv else array
+    return array[..., None, None] if is_conv_head else array
 
   def from_file(self, path: str, array: np.ndarray, shape) -> np.ndarray:
     """Undoes `to_file`; `shape` is ours."""

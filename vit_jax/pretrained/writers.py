@@ -93,7 +93,9 @@ def write_timm(path, params, *, size, num_classes, image_size=224,
 
   Returns:
     "timm.create_model(...)", whose logits are the model's. timm's ViT has the
-    erf form of GELU unless told otherwise, so the line says which.
+    erf form of GELU unless told otherwise, so the line says which. timm
+    standardises the kernels of hybrids and BiT with an epsilon of its own: up
+    to 1e-4 of the largest logit.
 
   Raises:
     ValueError: timm has no such model.
@@ -104,7 +106,11 @@ def write_timm(path, params, *, size, num_classes, image_size=224,
     raise ValueError(f'timm has no model of size {size!r}.\n'
                      f'There is: {", ".join(TIMM)}.')
   name = {'vit': 'timm', 'mixer': 'timm_mixer', 'bit': 'timm_bit'}[kind]
-  files.write_safetensors(path, arrays(params, name))
+  values = arrays(params, name)
+  if size == 'R+Ti/16':  # whose ResNet is a root and nothing more
+    values = {key.replace('backbone.stem.', 'backbone.'): value
+              for key, value in values.items()}
+  files.write_safetensors(path, values)
   options = [f'num_classes={num_classes}', f'checkpoint_path={str(path)!r}']
   if kind == 'vit':
     options.append(f'img_size={image_size}')
@@ -112,6 +118,8 @@ def write_timm(path, params, *, size, num_classes, image_size=224,
       options += [f'global_pool={POOLS[pool]!r}', 'class_token=False',
                   'fc_norm=False']
   if kind != 'bit':
-    options.append({'tanh': "act_layer='gelu_tanh'",
-                    'erf': "act_layer='gelu'"}[gelu])
+    act = {'tanh': "'gelu_tanh'", 'erf': "'gelu'"}[gelu]
+    # timm's Mixer takes a class and no name.
+    options.append(f'act_layer={act}' if kind == 'vit' else
+                   f'act_layer=timm.layers.get_act_layer({act})')
   return f'timm.create_model({TIMM[size]!r}, {", ".join(options)})'
