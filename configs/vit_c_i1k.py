@@ -5,10 +5,9 @@
 Arguments: stem=conv|patchify|S1..S4|patchify_bn|conv_ln, size=1GF|...|72GF,
 epochs=400, path=FOLDER (train/<wnid>/*.JPEG, val/<wnid>/*.JPEG).
 
-This is the skeleton of the paper's recipe (AdamW, section 6; schedule, EMA,
-batch 2048, BatchNorm's groups and precise statistics, floor epochs); its
-augmentation is still missing: expect less than the paper's 18.6 % error for
-ViT_C-4GF at 400 epochs (Table 2).
+The paper's recipe (AdamW, section 6; augmentation, schedule, EMA, batch 2048,
+BatchNorm's groups and precise statistics, floor epochs). Its error for
+ViT_C-4GF at 400 epochs is 18.6 % (Table 2); nobody has trained that long here.
 """
 from vit_jax import recipes
 
@@ -30,6 +29,7 @@ def get_config(args=None):
   c.input.eval_pp = 'decode|resize_small(256)|central_crop(224)'
   c.input.mean, c.input.std = recipes.IMAGENET_MEAN, recipes.IMAGENET_STD
   c.input.num_train, c.input.num_classes = 1_281_167, 1000
+  c.augment = recipes.AUGMENT_PAPER
   c.model.size, c.model.stem = args.size, args.stem
   c.model.batch_norm_group = recipes.BATCH_NORM_GROUP[args.size]
   c.precise_bn.examples = recipes.PRECISE_BN

@@ -31,6 +31,9 @@ BATCH_NORM_GROUP = {'1GF': 256, '4GF': 256, '16GF': 256, '18GF': 128,
                     '36GF': 64, '72GF': 64}
 # Images on which they are estimated again before an evaluation (pycls).
 PRECISE_BN = 8192
+# Augmentation in the training step, beside crop and flip. Section 5.4 and
+# pycls: AutoAugment, AlexNet's PCA jitter, mixup or CutMix in each batch.
+AUGMENT_PAPER = 'autoaugment|pca_jitter(0.1)|mixup_cutmix(0.8, 1.0)'
 # pycls decays everything but norms and biases, so the class token and the
 # position embedding too; big_vision decays kernels only.
 DECAY_PAPER = (r'(.*/)?(kernel|cls|pos_embedding)',)
