@@ -77,6 +77,9 @@ EFFECTS = {
     'input.std': ('step', (0.4,)),
     'input.num_train': ('refused', 5),
     'input.num_classes': ('refused', 5),
+    'augment': ('step', 'randaug(2, 10)|mixup(0.2)'),
+    'augment_driver': ('step', 'batched', {'augment': 'randaug(2, 10)'}),
+    'augment_on': ('step', 'host', {'augment': 'randaug(2, 10)'}),
     'model.size': ('init', {
         'micro': 'S/16', '4GF': 'S/16', 'Mixer-micro': 'Mixer-S/16',
         'BiT-micro': 'BiT-R50x1'}),

@@ -54,10 +54,10 @@ def setup(stem='conv', group=0, batch_norm='train', num_devices=8):
       ema={'params': draw(params), 'batch_stats': draw(stats)}, opt_state={},
       first_nonfinite_step=-1)
 
-  def create(examples, batches=train_batches):
+  def create(examples, batches=train_batches, augment=PLAIN):
     return precise_bn.create(
-        dict(examples=examples), model, variables, PLAIN, batches, B, mesh,
-        jax.random.key(0))
+        dict(examples=examples), model, variables, augment, batches, B, mesh,
+        jax.random.key(0, impl='threefry2x32'))
   return create, state
 
 

@@ -47,7 +47,7 @@ class RandAug:
   stage = 'pixels'
 
   def __post_init__(self):
-    if self.variant not in VARIANTS:
+    if not isinstance(self.variant, str) or self.variant not in VARIANTS:
       raise TypeError(f'variant={self.variant!r} is none of '
                       + ', '.join(map(repr, VARIANTS)))
     largest = largest_magnitude(self.variant)
