@@ -50,7 +50,7 @@ setup(
     extras_require={
         'gpu': ['jax[cuda13]>=0.10,<0.13'],
         'tpu': ['jax[tpu]>=0.10,<0.13'],
-        'test': ['pytest>=8,<10', 'ruff>=0.9,<1'],
+        'test': ['pytest>=8,<10', 'pytest-xdist>=3.6,<4', 'ruff>=0.9,<1'],
         'wandb': ['wandb>=0.19,<1'],
         'torch': ['torch>=2.6,<3'],  # to read .pth, .pyth and .bin files
         'notebooks': ['nbformat>=5,<6', 'nbclient>=0.10,<1', 'ipykernel>=6,<8'],

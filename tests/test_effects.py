@@ -64,6 +64,7 @@ EFFECTS = {
     'input.channels': ('batches', 1,
                        {'input.mean': (0.5,), 'input.std': (0.5,)}),
     'input.epoch': ('schedule', {'exact': 'floor', 'floor': 'exact'}),
+    'input.repeats': ('batches', 3),
     'input.pp': ('batches', 'decode|resize(32)|flip_lr', SIZED),
     'input.eval_pp': ('batches', 'decode|central_crop(16)|resize(32)', SIZED),
     'input.max_bad_fraction': ('data', 0.5),
@@ -76,6 +77,9 @@ EFFECTS = {
     'input.std': ('step', (0.4,)),
     'input.num_train': ('refused', 5),
     'input.num_classes': ('refused', 5),
+    'augment': ('step', 'randaug(2, 10)|mixup(0.2)'),
+    'augment_driver': ('step', 'batched', {'augment': 'randaug(2, 10)'}),
+    'augment_on': ('step', 'host', {'augment': 'randaug(2, 10)'}),
     'model.size': ('init', {
         'micro': 'S/16', '4GF': 'S/16', 'Mixer-micro': 'Mixer-S/16',
         'BiT-micro': 'BiT-R50x1'}),
@@ -108,6 +112,7 @@ EFFECTS = {
     'optimizer.decay': ('step', ('.*',)),
     'schedule.name': ('schedule', 'linear'),
     'schedule.warmup_epochs': ('schedule', 1.0),
+    'schedule.warmup_steps': ('schedule', 1000),
     'schedule.warmup_start': ('schedule', 0.3),
     'schedule.cooldown_epochs': ('schedule', 1.0),
     'schedule.final': ('schedule', 0.1),
@@ -264,18 +269,17 @@ def observe(config, what, tmp_path, monkeypatch):
     parts = {name: digest(next(input_pipeline.eval_batches(
         data, section[name].split, global_batch_size=batch_size,
         process_count=batch_size // 8))) for name in section}
-    first = digest(next(input_pipeline.train_batches(
-        data, global_batch_size=config.global_batch_size,
-        data_seed=seen['data_seed'], process_count=(
-            config.global_batch_size // 8))))
+    first = digest(next(seen['train_batches'](
+        process_count=config.global_batch_size // 8)))
     seen['batches'] = (batch_size, config.global_batch_size, parts, first)
 
   def open_data(data, section, data_seed, **_):
-    seen['data_seed'] = data_seed
     seen['data'] = (
         seen.get('asked'), data.class_names, data.bad._max_fraction)
 
-  def estimate(function, *_):
+  def estimate(function, section, model, variables, normalize, train_batches,
+               *_):
+    seen['train_batches'] = train_batches
     seen['estimate'] = inspect.getclosurevars(function).nonlocals.get(
         'num_batches')
 

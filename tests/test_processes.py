@@ -193,7 +193,7 @@ def _sources(tmp_path):
   """Configs of every random-access source, 13 examples to train on or more."""
   base = dict(sources.TFDS_ONLY, path='', eval_pp='decode|resize(8)',
               epoch='exact', channels=3, holdout=.2, classes='',
-              max_bad_fraction=.001)
+              repeats=1, max_bad_fraction=.001)
   for name in 'ab':
     os.makedirs(tmp_path / 'photos' / name)
     for i in range(8):
@@ -210,14 +210,15 @@ def _sources(tmp_path):
       dict(base, source='folder', path=str(tmp_path / 'photos'), pp=pp)]
 
 
+@pytest.mark.parametrize('repeats', [1, 3])
 @pytest.mark.parametrize('kind', range(3), ids=['digits', 'arrays', 'folder'])
-def test_the_data_do_not_depend_on_processes(kind, tmp_path):
+def test_the_data_do_not_depend_on_processes(kind, repeats, tmp_path):
   data = input_pipeline.open_data(_sources(tmp_path)[kind], 3)
 
   def batches(processes):
     streams = [input_pipeline.train_batches(
-        data, global_batch_size=8, data_seed=3, process_index=i,
-        process_count=processes) for i in range(processes)]
+        data, global_batch_size=8, data_seed=3, repeats=repeats,
+        process_index=i, process_count=processes) for i in range(processes)]
     for _ in range(4):  # epochs of 12 to 13 end within; digits' do not
       parts = [next(s) for s in streams]
       yield {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
