@@ -146,6 +146,8 @@ EFFECTS = {
     'evaluators.test.split': ('refused', 'val'),
     'evaluators.val.name': ('refused', 'regression'),
     'evaluators.val.split': ('batches', 'test'),
+    'evaluators.minival.name': ('refused', 'regression'),
+    'evaluators.minival.split': ('batches', 'test'),
     'checkpoint.every_epochs': ('checkpoint', 2.0),
     'checkpoint.keep_last': ('keep', 3),
     'checkpoint.keep_best': ('keep', ''),
@@ -164,6 +166,10 @@ CONFIGS = {
     'digits_sgd': ('digits.py', 'stem=patchify_bn,optimizer=sgd',
                    {'model.scan': True}),
     'vit_c_i1k': ('vit_c_i1k.py', None, {'model.scan': True}),
+    'vit_c_i21k': ('vit_c_i21k.py', None, {'model.scan': True}),
+    'augreg': ('augreg.py', None, {'model.scan': True}),
+    'augreg_tfds': ('augreg.py', 'data=tfds:a_name', {'model.scan': True}),
+    'from_scratch_small': ('from_scratch_small.py', None, {'model.scan': True}),
     'mixer': ('digits.py', None, {
         'model': recipes.mixer('Mixer-micro'), 'model.scan': True}),
     'bit': ('digits.py', None, {'model': recipes.bit('BiT-micro')}),
@@ -201,7 +207,7 @@ def build(name, changes, tmp_path, request):
   c.compilation_cache = str(tmp_path / 'xla')
   for path, value in (*always.items(), *changes.items()):
     if value == 'CLASSES':
-      count = 1000 if name == 'vit_c_i1k' else 10
+      count = 10 if file == 'digits.py' else 1000
       value = str(tmp_path / 'classes.json')
       with open(value, 'w') as f:
         json.dump([f'class {i}' for i in range(count)], f)
@@ -314,8 +320,9 @@ def observe(config, what, tmp_path, monkeypatch):
       held = int(count * holdout)
       return sources.Splits(
           renamed(Noise(count), classes),
-          {'val': renamed(Noise(held), classes),
-           'test': renamed(Noise(held // 2, first=5), classes)})
+          {part: renamed(Noise(held // n, first=first), classes)
+           for n, (part, first) in enumerate(
+               (('val', 0), ('test', 5), ('minival', 3)), 1)})
     return read
 
   with monkeypatch.context() as patch, contextlib.ExitStack() as stack:
@@ -408,7 +415,7 @@ def test_an_unchanged_config_is_observed_equal_twice(
 def test_every_leaf_has_an_effect(name, path, tmp_path, request, monkeypatch):
   assert path in EFFECTS, 'say here what the key changes'
   what, value, given = (*EFFECTS[path], {})[:3]
-  if name == 'vit_c_i1k' and {'FINISHED', 'RELEASED'} & {
+  if CONFIGS[name][0] != 'digits.py' and {'FINISHED', 'RELEASED'} & {
       str(v) for v in (value, *given.values())}:
     return  # the same code as in digits, and there are no such weights
   changed = build(name, {**given, path: value}, tmp_path, request)
