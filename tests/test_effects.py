@@ -316,7 +316,7 @@ def observe(config, what, tmp_path, monkeypatch):
       seen['asked'] = real, path, holdout, options
       if real == 'digits':
         return sources.digits(path, holdout, classes)
-      count = 1_281_167 if real == 'folder' else 4000
+      count = 4000 if real == 'arrays' else 1_281_167
       held = int(count * holdout)
       return sources.Splits(
           renamed(Noise(count), classes),
