@@ -36,6 +36,7 @@ def get_config(args=None):
   crop = {'resized': f'random_resized_crop({args.res}, 35, 100)',
           'pad': f'pad_crop({args.res}, 4)'}[args.crop]
   c.input.pp = f'decode|{crop}|flip_lr'
+  c.input.eval_pp = f'decode|resize({args.res})'
   if args.crop == 'resized':
     small = round(args.res * 8 / 7)
     c.input.eval_pp = f'decode|resize_small({small})|central_crop({args.res})'
