@@ -54,7 +54,7 @@ def get_config(args=None):
     c.model.batch_norm_group = 0
     c.precise_bn.examples = 0
     c.frozen = ('stem/conv_.*', 'stem/norm_.*')
-    c.init_from = dict(run=args.stem_of, weights='ema', paths=c.frozen,
+    c.init_from.update(run=args.stem_of, weights='ema', paths=c.frozen,
                        reset=())
 
   lr, wd = recipes.SIMPLE[args.size]

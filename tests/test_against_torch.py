@@ -119,6 +119,26 @@ def test_timm_opens_what_we_write(size, timm, tmp_path):
     assert differ < bound
 
 
+@pytest.mark.parametrize('pool', ['gap', 'map'])
+def test_timm_pools_as_we_do(pool, timm, tmp_path):
+  model = models.create(
+      size='Ti/16', stem='patchify', num_classes=10, pool=pool, gelu='erf')
+  variables = test_goldens.shapes(model, 224)
+  path = str(tmp_path / 'a.safetensors')
+  files.write_safetensors(path, _synthetic(variables, 'timm'))
+  given, _ = pretrained.load(path, variables)
+  line = writers.write_timm(
+      path, param_paths.unflatten(given['params']), size='Ti/16',
+      num_classes=10, pool=pool, gelu='erf')
+  print(line)
+  images = _images(224)
+  expected = _ours(model, given, images)
+  differ = np.abs(
+      expected - _theirs(eval(line, {'timm': timm}), images)).max()
+  print(f'{pool}: ours -> timm {differ:.2g} of {np.abs(expected).max():.2f}')
+  assert differ < 1e-4
+
+
 @pytest.mark.parametrize('size', TIMM)
 def test_we_open_what_timm_writes(size, timm, tmp_path):
   from safetensors.torch import save_file

@@ -149,6 +149,20 @@ def test_numbered_names_of_bit(tmp_path):
   assert differ(values['params'], given['params']) == 0
 
 
+def test_spellings_of_big_vision_and_of_the_first_mixer(tmp_path):
+  """The later spellings of a rule are read, too."""
+  for size, layout in (('BiT-micro', 'bit'), ('Mixer-micro', 'mixer')):
+    variables = shapes(size=size)
+    values = param_paths.flatten(draw(variables)['params'])
+    layout, arrays = layouts.LAYOUTS[layout], {}
+    for path, value in values.items():
+      arrays[layout.places(path)[-1].key] = value
+    given, _ = pretrained.load(
+        write(tmp_path / f'{size}.npz', arrays), variables)
+    assert differ(param_paths.unflatten(values), given['params']) == 0
+  assert 'Mixer/encoderblock_1/token_mixing_phase_0/kernel2' in arrays
+
+
 def test_pycls_takes_blue_first(tmp_path):
   variables = shapes(size='micro', stem='conv')
   values = draw(variables)

@@ -80,55 +80,43 @@ def load(path, variables, *, paths=('.*',), reset=(), grid=None,
     raise ValueError(
         f'init_from.resize={resize!r}, init_from.channels={channels!r}.\n'
         f'There is: {", ".join(posembed.RESIZE)}; {", ".join(CHANNELS)}.')
-  tensors = normalize(files.open_file(path))
-  layout = detect(tensors, path)
+  source = _Source(path)
+  report = source.report
   wanted = {kind: param_paths.flatten(variables.get(kind, {}))
             for kind in ('params', 'batch_stats')}
   param_paths.check(wanted['params'], tuple(paths) + tuple(reset))
-  report = Report(path, f'{looks_like(tensors, layout)}, {layout.title}',
-                  [], [], [], [], [])
-  source = _Source(tensors, layout, path, report)
-  if family(wanted['params']) != layout.family:
+  if family(wanted['params']) != source.layout.family:
     raise ValueError(
         f'{path} looks like {report.looks_like}, which is no '
         f'{family(wanted["params"])}.\nSet model.size and its section to match '
         'it.')
-  given, places = {'params': {}, 'batch_stats': {}}, set()
   taken = []
   for kind, leaves in wanted.items():
     for name, leaf in leaves.items():
       found = source.find(name, leaf.shape)
-      places |= {place.key for place, _ in found}
       if not param_paths.matches(name, paths):
         continue
-      if param_paths.matches(name, reset):
-        report.reset.append(name)
-        if not found:
-          report.missing.append(name)
+      if not param_paths.matches(name, reset):
+        taken.append((kind, name, leaf.shape, found))
         continue
-      taken.append((kind, name, leaf, found))
-  report.unexpected = sorted(set(tensors) - places)
-  whole = tuple(paths) == ('.*',)
-  numbered = [key for key in report.unexpected if _NUMBERED.fullmatch(key)
-              and not _OPTIONAL.fullmatch(key)]
-  if numbered and whole:
-    raise ValueError(
-        f'{path} looks like {report.looks_like}, and the model has no place '
-        f'for {_some(numbered)}.\nSet model.size to match it, or name in '
-        'init_from.paths what to take.')
-  for _, name, leaf, found in taken:
-    source.check(name, leaf.shape, found)
-  table = None
-  for kind, name, leaf, found in sorted(
+      report.reset.append(name)
+      if not found:
+        report.missing.append(name)
+  source.check_left(whole=tuple(paths) == ('.*',))
+  for _, name, shape, found in taken:
+    source.check(name, shape, found)
+  given = {'params': {}, 'batch_stats': {}}
+  # By their names: blocks that are stacked in one tensor are read in a row.
+  for kind, name, shape, found in sorted(
       taken, key=lambda item: item[3][0][0].key):
     if name == 'pos_embedding':
-      table = source.pos_embedding(
-          leaf.shape, 'cls' in wanted['params'], grid, resize)
-      given[kind][name] = table
+      value = source.pos_embedding(
+          shape, 'cls' in wanted['params'], grid, resize)
     else:
-      given[kind][name] = source.read(name, leaf.shape, found)
+      value = source.read(name, shape, found)
+    given[kind][name] = value
     report.matched.append(name)
-  if channels == 'bgr' or (channels == 'auto' and layout.bgr):
+  if channels == 'bgr' or (channels == 'auto' and source.layout.bgr):
     _flip(given['params'])
   return given, report
 
@@ -229,11 +217,21 @@ def _name(rows, found):
 
 
 class _Source:
-  """A file's tensors, asked for by our paths."""
+  """A file's tensors, asked for by our paths.
 
-  def __init__(self, tensors, layout, path, report):
-    self._tensors, self._layout = tensors, layout
-    self._path, self._report = path, report
+  Attributes:
+    layout: whose names it uses.
+    report: `Report`, filled on the way.
+  """
+
+  def __init__(self, path):
+    self._path = path
+    self._tensors = normalize(files.open_file(path))
+    self.layout = detect(self._tensors, path)
+    looks = looks_like(self._tensors, self.layout)
+    self.report = Report(
+        path, f'{looks}, {self.layout.title}', [], [], [], [], [])
+    self._asked = set()
 
   def find(self, name, shape):
     """[(place, our path)] of a parameter, one for each block if stacked.
@@ -246,15 +244,31 @@ class _Source:
                for i in range(shape[0])]
     found = []
     for one in names:
-      places = [p for p in self._layout.places(one) if p.key in self._tensors]
+      places = [p for p in self.layout.places(one) if p.key in self._tensors]
       if not places:
         return []
       found.append((places[0], one))
+    self._asked |= {place.key for place, _ in found}
     return found
+
+  def check_left(self, whole):
+    """Notes what the model has no place for; raises ValueError for blocks.
+
+    Args:
+      whole: whether all of the model is to be taken.
+    """
+    left = self.report.unexpected = sorted(set(self._tensors) - self._asked)
+    blocks = [key for key in left if _NUMBERED.fullmatch(key)
+              and not _OPTIONAL.fullmatch(key)]
+    if blocks and whole:
+      raise ValueError(
+          f'{self._path} looks like {self.report.looks_like}, and the model '
+          f'has no place for {_some(blocks)}.\nSet model.size to match it, or '
+          'name in init_from.paths what to take.')
 
   def check(self, name, shape, found):
     """Raises ValueError unless a parameter is there, in its shape."""
-    looks = self._report.looks_like
+    looks = self.report.looks_like
     if not found:
       raise ValueError(f'{self._path} looks like {looks}, and has no {name}.\n'
                        f'Set model.size to match it, or: {FRESH}')
@@ -266,12 +280,12 @@ class _Source:
       stored = self._tensors[place.key].shape
       if name == 'pos_embedding':
         stored = stored[-1:]
-      expected = self._layout.to_file(
+      expected = self.layout.to_file(
           one, np.broadcast_to(np.float32(0), shape)).shape
       if place.part:
         expected = (expected[0] * place.part[1], *expected[1:])
       if _squeezed(stored) != _squeezed(expected):
-        what = (f'has a head of {stored[-1 if not self._layout.torch else 0]} '
+        what = (f'has a head of {stored[-1 if not self.layout.torch else 0]} '
                 'classes' if one.startswith('head/') else f'looks like {looks}')
         raise ValueError(
             f'{self._path} {what}: {place.key} is {stored} and has to be '
@@ -292,7 +306,7 @@ class _Source:
     if place.part:
       index, of = place.part
       array = np.split(array, of)[index]
-    array = self._layout.from_file(name, array, shape)
+    array = self.layout.from_file(name, array, shape)
     return np.ascontiguousarray(array, np.float32)
 
   def pos_embedding(self, shape, has_class, grid, resize):
@@ -300,7 +314,7 @@ class _Source:
 
     Either file may have that place or not: big_vision adds it to the token.
     """
-    place = next(p for p in self._layout.places('pos_embedding')
+    place = next(p for p in self.layout.places('pos_embedding')
                  if p.key in self._tensors)
     table = self._tensors[place.key].load().astype(np.float32)
     table = table.reshape(-1, shape[-1])  # pycls: (N, 1, D)
@@ -317,7 +331,7 @@ class _Source:
           f'{self._path} has {len(table)} position embeddings, of which no '
           f'square grid can be made.\n{FRESH}')
     if old != new:
-      self._report.reshaped.append(
+      self.report.reshaped.append(
           f'pos_embedding {old[0]}x{old[1]} -> {new[0]}x{new[1]}')
     table = posembed.resize(table, old, new, resize)
     if has_class:

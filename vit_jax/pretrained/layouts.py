@@ -175,16 +175,20 @@ LAYOUTS = {
                 'Mixer/encoderblock_{i}/{mix}_mixing_phase_0/{leaf}{n}'),
             'norm': ('pre_head_layer_norm', 'Mixer/encoder_norm'),
             'head': 'head'}),
-    'bit': Layout('BiT .npz', 'bit', 'resnet/root_block/.*', {
-        'conv_root': 'resnet/root_block/standardized_conv2d',
-        f'{_UNIT}conv_proj':
+    'bit': Layout('BiT .npz', 'bit', '(resnet/)?root_block/.*', {
+        'conv_root': ('resnet/root_block/standardized_conv2d',
+                      'root_block/conv_root'),  # big_vision's, here and below
+        f'{_UNIT}conv_proj': (
             'resnet/block{i1}/unit{j1:02d}/a/proj/standardized_conv2d',
-        rf'{_UNIT}conv_(?P<n>\d)':
+            'block{i1}/unit{j1:02d}/conv_proj'),
+        rf'{_UNIT}conv_(?P<n>\d)': (
             'resnet/block{i1}/unit{j1:02d}/{abc}/standardized_conv2d',
-        rf'{_UNIT}norm_(?P<n>\d)':
+            'block{i1}/unit{j1:02d}/conv{n}'),
+        rf'{_UNIT}norm_(?P<n>\d)': (
             'resnet/block{i1}/unit{j1:02d}/{abc}/group_norm',
-        'norm': 'resnet/group_norm',
-        'head': 'resnet/head/conv2d'}),
+            'block{i1}/unit{j1:02d}/gn{n}'),
+        'norm': ('resnet/group_norm', 'norm-pre-head'),
+        'head': ('resnet/head/conv2d', 'head')}),
     'timm': Layout('timm ViT', 'vit', r'blocks\.\d+\.attn\.qkv\.weight', {
         'cls': 'cls_token',
         'pos_embedding': 'pos_embed',
