@@ -15,7 +15,7 @@ default:
                        released files, in which light1 is the paper's light2
   reg=best|0.0|0.1     dropout and stochastic depth
   wd=best|0.03|0.1     times the learning rate
-  epochs=300|30
+  epochs=300|30        30: on i21k
   smoke                four steps of a small model on made images
 
 `best` is the best setting of the paper for that model and data set
@@ -50,7 +50,7 @@ def get_config(args=None):
       stem=('default', 'conv'), aug='best', reg=('best', '0.0', '0.1'),
       wd=('best', '0.03', '0.1'), epochs=(300, 30), smoke=False)
   layers, magnitude, alpha, rate, wd = recipes.augreg_setting(
-      args.dataset, args.model, args.aug, args.reg, args.wd)
+      args.dataset, args.model, args.epochs, args.aug, args.reg, args.wd)
   c = recipes.base()
   c.total_epochs = float(args.epochs)
   c.global_batch_size = 4096

@@ -172,5 +172,7 @@ def test_recipe_of_augreg():
   assert load('augreg', 'model=S/16,stem=conv').model.stem == 'conv'
   with pytest.raises(ValueError, match='no best setting for B/8 on i1k'):
     load('augreg', 'model=B/8')
+  with pytest.raises(ValueError, match='30 epochs on ImageNet-21k only'):
+    load('augreg', 'epochs=30')
   with pytest.raises(ValueError, match="Did you mean 'light"):
     load('augreg', 'aug=light')

@@ -49,20 +49,23 @@ SIZED = {'input.pp': 'decode|resize(32)',
          'input.eval_pp': 'decode|resize(32)'}
 TFDS = {'input.source': 'tfds', 'input.path': 'a_name', **SIZED}
 VIT_P = {'model.stem': 'patchify', 'model.pool': 'token'}
+CONV = {'model.stem': 'conv'}
 PYCLS = dict(name='pycls', alpha=1e-5, every_steps=32)
-# leaf: (what it changes, another value), then changes that both arms have.
+# leaf: (what it changes, another value, or {present value: another} with ... for
+# all others), then changes that both arms have.
 # A key of several parts in the last dict, or a dict, replaces a section.
 EFFECTS = {
     'seed': ('init', 1),
     'data_seed': ('batches', 7),
-    'total_epochs': ('schedule', 30.0),
-    'global_batch_size': ('batches', 4096),
+    'total_epochs': ('schedule', {300.0: 200.0, ...: 30.0}),
+    'global_batch_size': ('batches', {4096: 2048, ...: 4096}),
     'input.source': ('data', 'arrays', SIZED),
     'input.path': ('data', '/elsewhere', {'input.source': 'arrays', **SIZED}),
     'input.classes': ('data', 'CLASSES'),
     'input.holdout': ('data', 0.2, {'input.source': 'arrays', **SIZED}),
     'input.channels': ('batches', 1,
-                       {'input.mean': (0.5,), 'input.std': (0.5,)}),
+                       {'input.mean': (0.5,), 'input.std': (0.5,),
+                        'augment': ''}),
     'input.epoch': ('schedule', {'exact': 'floor', 'floor': 'exact'}),
     'input.repeats': ('batches', 3),
     'input.pp': ('batches', 'decode|resize(32)|flip_lr', SIZED),
@@ -81,9 +84,8 @@ EFFECTS = {
     'augment_driver': ('step', 'batched', {'augment': 'randaug(2, 10)'}),
     'augment_on': ('step', 'host', {'augment': 'randaug(2, 10)'}),
     'model.size': ('init', {
-        'micro': 'S/16', '4GF': 'S/16', 'Mixer-micro': 'Mixer-S/16',
-        'BiT-micro': 'BiT-R50x1'}),
-    'model.stem': ('init', 'patchify'),
+        'Mixer-micro': 'Mixer-S/16', 'BiT-micro': 'BiT-R50x1', ...: 'S/16'}),
+    'model.stem': ('init', {'patchify': 'conv', ...: 'patchify'}),
     'model.pool': ('init', {'gap': 'token', 'token': 'gap'}),
     'model.pre_logits': ('init', True),
     'model.pos_embedding': ('init', 'sincos2d'),
@@ -91,15 +93,16 @@ EFFECTS = {
     'model.norm_eps': ('step', 1e-5),
     'model.init': ('init', 'big_vision'),
     'model.head_bias': ('init', -10.0),
-    'model.dropout': ('step', 0.1),
-    'model.stochastic_depth': ('step', 0.1),
-    'model.batch_norm': ('step', 'frozen'),
-    'model.batch_norm_group': ('step', 32),
+    'model.dropout': ('step', {0.1: 0.2, ...: 0.1}),
+    'model.stochastic_depth': ('step', {0.1: 0.2, ...: 0.1}),
+    'model.batch_norm': ('step', 'frozen', CONV),
+    'model.batch_norm_group': ('step', 32, CONV),
     'model.dtype': ('step', 'bfloat16'),
     'model.scan': ('init', {False: True, True: False}),
     'model.remat': ('step', 'full'),
-    'loss.name': ('step', 'sigmoid_xent'),
-    'loss.label_smoothing': ('step', 0.0),
+    'loss.name': ('step', {
+        'sigmoid_xent': 'softmax_xent', ...: 'sigmoid_xent'}),
+    'loss.label_smoothing': ('step', {0.0: 0.1, ...: 0.0}),
     'optimizer.name': ('step', 'SECTION'),
     'optimizer.lr': ('schedule', 3e-4),
     'optimizer.weight_decay': ('inputs', 0.3),
@@ -108,13 +111,13 @@ EFFECTS = {
     'optimizer.eps': ('step', 1e-7),
     'optimizer.momentum': ('step', 0.8),
     'optimizer.nesterov': ('step', False),
-    'optimizer.clip_norm': ('step', 1.0),
+    'optimizer.clip_norm': ('step', {1.0: 2.0, ...: 1.0}),
     'optimizer.decay': ('step', ('.*',)),
     'schedule.name': ('schedule', 'linear'),
     'schedule.warmup_epochs': ('schedule', 1.0),
     'schedule.warmup_steps': ('schedule', 1000),
     'schedule.warmup_start': ('schedule', 0.3),
-    'schedule.cooldown_epochs': ('schedule', 1.0),
+    'schedule.cooldown_epochs': ('schedule', 10.0),
     'schedule.final': ('schedule', 0.1),
     'schedule.per': ('schedule', {'step': 'epoch', 'epoch': 'step'}),
     'schedule.progress': ('schedule', {'after_warmup': 'from_start',
@@ -123,8 +126,8 @@ EFFECTS = {
     'ema.decay': ('step', 0.9),
     'ema.alpha': ('step', 2e-5),
     'ema.every_steps': ('step', 16),
-    'precise_bn.examples': ('estimate', 4096),
-    'frozen': ('init', SOME_PATHS),
+    'precise_bn.examples': ('estimate', 4096, CONV),
+    'frozen': ('init', SOME_PATHS, CONV),
     'init_from.run': ('init', 'FINISHED'),
     'init_from.weights': (
         'init', 'raw', {'init_from.run': 'FINISHED'}),
@@ -140,7 +143,7 @@ EFFECTS = {
     'mesh.data': ('refused', 3),
     'prefetch': ('prefetch', 3),
     'log.every_steps': ('log', 30),
-    'eval.every_epochs': ('eval', 2.0),
+    'eval.every_epochs': ('eval', {10.0: 1.0, ...: 2.0}),
     'eval.batch_size': ('batches', 64),
     'evaluators.test.name': ('refused', 'regression'),
     'evaluators.test.split': ('refused', 'val'),
@@ -148,7 +151,7 @@ EFFECTS = {
     'evaluators.val.split': ('batches', 'test'),
     'evaluators.minival.name': ('refused', 'regression'),
     'evaluators.minival.split': ('batches', 'test'),
-    'checkpoint.every_epochs': ('checkpoint', 2.0),
+    'checkpoint.every_epochs': ('checkpoint', {10.0: 1.0, ...: 2.0}),
     'checkpoint.keep_last': ('keep', 3),
     'checkpoint.keep_best': ('keep', ''),
     'compilation_cache': ('cache', ''),
@@ -158,7 +161,8 @@ EFFECTS = {
 SECTIONS = {
     'optimizer.name': {'adamw': recipes.sgd(1.0, 1e-4),
                        'sgd': recipes.adamw(1e-3, 0.1)},
-    'ema.name': {'decay': PYCLS, 'pycls': dict(name='decay', decay=0.99)},
+    'ema.name': {'none': PYCLS, 'decay': PYCLS,
+                 'pycls': dict(name='decay', decay=0.99)},
 }
 CONFIGS = {
     # Scanned: traced in a fraction of the time.
@@ -224,7 +228,9 @@ def build(name, changes, tmp_path, request):
     if value == 'SECTION':
       c[parents[0]] = ConfigDict(SECTIONS[path][section[leaf]])
     else:
-      section[leaf] = value[section[leaf]] if isinstance(value, dict) else value
+      if isinstance(value, dict):
+        value = value.get(section[leaf], value.get(...))
+      section[leaf] = value
   return c
 
 
@@ -394,7 +400,8 @@ def leaves():
   for name, (file, args, always) in CONFIGS.items():
     c = test_config.load(f'{test_config.ROOT}/configs/{file}', args)
     c.model = always.get('model', c.model)
-    part = {'digits_sgd': 'optimizer.', 'mixer': 'model.', 'bit': 'model.'}
+    part = {'digits_sgd': 'optimizer.', 'augreg_tfds': 'evaluators.',
+            'mixer': 'model.', 'bit': 'model.'}
     for path in sorted(config_lib.flatten(c.to_dict())):
       if path.startswith(part.get(name, '')):
         marks = [pytest.mark.slow] if path in shown else []

@@ -230,12 +230,14 @@ def vit_c_augment(aug='auto', erasing=0.0):
   return '|'.join(filter(None, ops))
 
 
-def augreg_setting(dataset, model, aug='best', reg='best', wd='best'):
+def augreg_setting(dataset, model, epochs=300, aug='best', reg='best',
+                   wd='best'):
   """What an AugReg setting stands for.
 
   Args:
     dataset: 'i1k' or 'i21k'.
     model: such as 'B/16'.
+    epochs: 300 or 30.
     aug: a key of `AUGREG`, 'file:' and a key of `AUGREG_FILES`, or 'best'.
     reg: dropout and stochastic depth, as text, or 'best'.
     wd: weight decay, as text, or 'best'.
@@ -245,8 +247,12 @@ def augreg_setting(dataset, model, aug='best', reg='best', wd='best'):
     weight decay).
 
   Raises:
-    ValueError: unknown `aug`, or 'best' where the paper does not tell it.
+    ValueError: unknown `aug`, 'best' where the paper does not tell it, or a
+      length that it does not have.
   """
+  if (dataset, epochs) == ('i1k', 30):
+    raise ValueError('AugReg trained 30 epochs on ImageNet-21k only.\n'
+                     'Take epochs=300, or dataset=i21k.')
   table = AUGREG_BEST[dataset]
   # No AugReg models, but of the same release.
   row = {'R26+B/32': 'B/32', 'R50+B/16': 'B/16'}.get(model, model)
