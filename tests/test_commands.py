@@ -128,7 +128,7 @@ def test_bench_augment(capsys):
        '--augment=randaug(1, 10)']) == 0
   lines = capsys.readouterr().out.splitlines()
   assert [line.split()[0] for line in lines[1:]] == [
-      'loop', 'switched', 'batched']
+      'loop', 'switched', 'batched', 'scattered']
 
 
 @pytest.mark.slow

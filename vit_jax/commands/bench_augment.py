@@ -5,7 +5,8 @@
 
 Prints images/s of the ops on pixels in the forms of `augment_policy`: loop (a
 loop over images with a switch), switched (the same switch under vmap, which
-runs every op) and batched; on one device, on noise. With --step_batch also the
+runs every op), batched, and batched with histograms by scattered additions; on
+one device, on noise. With --step_batch also the
 time of a ViT_C training step with and without the whole line. Needs neither
 data nor TensorFlow.
 
@@ -31,6 +32,7 @@ from vit_jax import augment as augment_lib
 from vit_jax import augment_policy
 from vit_jax import devices
 from vit_jax import durations
+from vit_jax import op_forms
 from vit_jax import optimizer
 from vit_jax import param_paths
 from vit_jax import recipes
@@ -40,8 +42,14 @@ from vit_jax import train_state
 from vit_jax import train_step
 from vit_jax.models import vit
 
-FORMS = {'loop': augment_policy.loop, 'switched': augment_policy.switched,
-         'batched': augment_policy.batched}
+FORMS = {
+    'loop': augment_policy.loop,
+    'switched': augment_policy.switched,
+    'batched': augment_policy.batched,
+    # With the histograms of the loop.
+    'scattered': functools.partial(
+        augment_policy.batched, histogram=op_forms.histogram),
+}
 _CLASSES = 1000
 
 
