@@ -126,21 +126,47 @@ def loop(policy, images, ops):
       lambda pair: jax.lax.scan(layer, *pair)[0], (images, ops))
 
 
-def batched(policy, images, ops):
+def batched(policy, images, ops, histogram=op_forms.histogram_by_comparison):
   """All images at once, all forms: for accelerators. Bits equal to `loop`'s."""
-  return _each(op_forms.apply_all, policy, images, ops)
+  one = jax.vmap(lambda image, op, table: op_forms.apply_all(
+      image, op, policy.forms, policy.fill, table))
+  for layer in range(policy.rows.shape[1]):
+    op = jax.tree.map(lambda x, layer=layer: x[:, layer], ops)
+    table = _equalize_tables(policy, images, op, histogram)
+    images = one(images, op, table)
+  return images
+
+
+def _equalize_tables(policy, images, op, histogram):
+  """Tables of Equalize, uint8 [B, C, 256], of those images that drew it.
+
+  A histogram costs more than everything else; few images need one.
+  """
+  count, height, width, channels = images.shape
+  # Any will do where it is not drawn.
+  tables = jnp.broadcast_to(op.table[:, None], (count, channels, 256))
+  if 'equalize' not in policy.forms:
+    return tables
+  size = -(-count // 8)  # images at a time
+  drawn = op.form == policy.forms.index('equalize')
+  found, = jnp.nonzero(drawn, size=count, fill_value=0)
+
+  def some(i, tables):
+    rows = jax.lax.dynamic_slice(found, (i * size,), (size,))
+    counts = jax.vmap(histogram)(images[rows])
+    new = jax.vmap(lambda c: op_forms.equalized(c, height * width))(counts)
+    return tables.at[rows].set(new)
+
+  batches = (jnp.sum(drawn, dtype=jnp.int32) + size - 1) // size
+  return jax.lax.fori_loop(0, batches, some, tables)
 
 
 def switched(policy, images, ops):
   """A switch under vmap, which runs every op for every image: to compare."""
-  return _each(op_forms.apply_one, policy, images, ops)
-
-
-def _each(apply, policy, images, ops):
   def one(image, ops):
     for layer in range(policy.rows.shape[1]):
       op = jax.tree.map(lambda x, layer=layer: x[layer], ops)
-      image = apply(image, op, policy.forms, policy.fill)
+      image = op_forms.apply_one(image, op, policy.forms, policy.fill)
     return image
   return jax.vmap(one)(images, ops)
 

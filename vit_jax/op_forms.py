@@ -74,17 +74,34 @@ def histogram(image):
   return counts.reshape(channels, 256)
 
 
+def histogram_by_comparison(image):
+  """The same, without the scattered additions that accelerators are slow at."""
+  pixels = image.reshape(-1, image.shape[-1]).T[:, None, :]
+  levels = _levels().astype(jnp.uint8).reshape(1, 256, 1)
+  return jnp.sum(pixels == levels, axis=2, dtype=jnp.int32)
+
+
 def _given(image, op):
   return jnp.broadcast_to(op.table, (image.shape[-1], 256))
 
 
 def _equalize(image, op):
-  """Pillow's rule, which the original copies."""
   del op
-  counts = histogram(image)
+  return equalized(histogram(image), image.shape[0] * image.shape[1])
+
+
+def equalized(counts, total):
+  """The table of Equalize: Pillow's rule, which the original copies.
+
+  Args:
+    counts: int32 [C, 256], the histogram.
+    total: their sum, the number of pixels.
+
+  Returns:
+    uint8 [C, 256].
+  """
   levels = _levels().reshape(1, 256)
   last = jnp.max(jnp.where(counts > 0, levels, 0), axis=1, keepdims=True)
-  total = image.shape[0] * image.shape[1]
   step = (total - jnp.take_along_axis(counts, last, axis=1)) // 255
   below = jnp.cumsum(counts, axis=1) - counts
   spread = ((below + step // 2) // jnp.maximum(step, 1)).clip(0, 255)
@@ -305,18 +322,28 @@ def apply_one(image, op, forms, fill):
   return jax.lax.switch(place(rest), branches, image, op)
 
 
-def apply_all(image, op, forms, fill):
+def apply_all(image, op, forms, fill, equalize_table):
   """The same by all forms in turn, of which all but one change nothing.
 
   For vmap, under which a switch runs every branch: here the tables share one
-  look-up and the blends one blend. See `apply_one`.
+  look-up and the blends one blend.
+
+  Args:
+    image, op, forms, fill: see `apply_one`.
+    equalize_table: uint8 [C, 256], for images that are to be equalized.
+
+  Returns:
+    uint8 [H, W, C].
   """
   of_kind = lambda kind: [
       (op.form == i, FORMS[f].function) for i, f in enumerate(forms)
-      if FORMS[f].kind == kind and f != 'identity']
+      if FORMS[f].kind == kind and f not in ('identity', 'equalize')]
 
   table = jnp.broadcast_to(
       _levels().astype(jnp.uint8), (image.shape[-1], 256))
+  if 'equalize' in forms:
+    drawn = op.form == forms.index('equalize')
+    table = jnp.where(drawn, equalize_table, table)
   for drawn, function in of_kind('table'):
     table = jnp.where(drawn, function(image, op), table)
   image = _look_up(image, table)

@@ -47,3 +47,9 @@ class PcaJitter:
     alpha = self.deviation * jax.random.normal(key, (3,), jnp.float32)
     # No matrix product, which would be less exact on accelerators.
     return jnp.sum(_VECTORS * (alpha * _VALUES).reshape(1, 3), axis=1)
+
+  def title(self, key, height, width):
+    """What is drawn, for people, in levels of 255."""
+    del height, width
+    colour = (255 * self.draw(key)).round().astype(int).tolist()
+    return 'PCA({:+d} {:+d} {:+d})'.format(*colour)

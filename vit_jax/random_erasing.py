@@ -45,17 +45,17 @@ class RandomErasing:
     """
     del std
     height, width, _ = image.shape
-    key_box, key_noise = jax.random.split(key)
-    top, left, h, w = self.draw(key_box, height, width)
+    top, left, h, w = self.draw(key, height, width)
     y = jnp.arange(height, dtype=jnp.int32).reshape(-1, 1, 1)
     x = jnp.arange(width, dtype=jnp.int32).reshape(1, -1, 1)
     inside = (y >= top) & (y < top + h) & (x >= left) & (x < left + w)
-    noise = jax.random.normal(key_noise, image.shape, jnp.float32)
+    noise = jax.random.normal(
+        jax.random.split(key)[1], image.shape, jnp.float32)
     return jnp.where(inside, noise, image)
 
   def draw(self, key, height, width):
     """The box: int32 (top, left, h, w), with h = w = 0 where there is none."""
-    draws = jax.random.uniform(key, (_ATTEMPTS + 1, 4))
+    draws = jax.random.uniform(jax.random.split(key)[0], (_ATTEMPTS + 1, 4))
     area, aspect = draws[1:, 0], draws[1:, 1]
     area = (self.area_min + area * (self.area_max - self.area_min)) * (
         height * width)
@@ -71,3 +71,8 @@ class RandomErasing:
         (u * (room + 1)).astype(jnp.int32), room)
     return (corner(draws[0, 1], height - h), corner(draws[0, 2], width - w),
             h, w)
+
+  def title(self, key, height, width):
+    """What is drawn, for people."""
+    _, _, h, w = map(int, self.draw(key, height, width))
+    return f'erased {h} x {w}' if h else ''
