@@ -51,8 +51,8 @@ TFDS = {'input.source': 'tfds', 'input.path': 'a_name', **SIZED}
 VIT_P = {'model.stem': 'patchify', 'model.pool': 'token'}
 CONV = {'model.stem': 'conv'}
 PYCLS = dict(name='pycls', alpha=1e-5, every_steps=32)
-# leaf: (what it changes, another value or {present value: another}, with ... for
-# all others), then changes that both arms have.
+# leaf: (what it changes, another value or {present value: another}, with ... as
+# the default), then changes that both arms have.
 # A key of several parts in the last dict, or a dict, replaces a section.
 EFFECTS = {
     'seed': ('init', 1),
