@@ -122,6 +122,7 @@ def test_sheet_and_bench_with_bad_input(flags, message, capsys):
   assert message in error and len(error.splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_bench_augment(capsys):
   assert command_line.main(
       ['bench', 'augment', '--size=32', '--batch=2', '--repeats=1',

@@ -47,15 +47,15 @@ def test_share_of_cutmix_is_the_area_that_stays():
   # The published rule, with draws of its own.
   rng = np.random.default_rng(1)
   expected, covered = [], np.zeros((H, W))
-  for lam in rng.beta(1, 1, 20_000):
+  for lam in rng.beta(1, 1, 5000):
     half_h, half_w = (int(s * np.sqrt(1 - lam)) // 2 for s in (H, W))
     y, x = rng.integers(H), rng.integers(W)
     box = [np.clip(v, 0, s) for v, s in (
         (y - half_h, H), (y + half_h, H), (x - half_w, W), (x + half_w, W))]
-    covered[slice(*box[:2]), slice(*box[2:])] += 1 / 20_000
+    covered[slice(*box[:2]), slice(*box[2:])] += 1 / 5000
     expected.append(1 - (box[1] - box[0]) * (box[3] - box[2]) / (H * W))
   assert stats.ks_2samp(share, expected).pvalue > 1e-3
-  np.testing.assert_allclose(1 - weight.mean(axis=0), covered, atol=0.04)
+  np.testing.assert_allclose(1 - weight.mean(axis=0), covered, atol=0.05)
   assert covered[H // 2, W // 2] > covered[0, 0] + 0.1
 
 

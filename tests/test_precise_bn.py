@@ -166,3 +166,21 @@ def test_less_than_no_examples():
   with pytest.raises(ValueError, match=r'precise_bn.examples=-1') as e:
     setup()[0](-1)
   assert len(str(e.value).splitlines()) == 2
+
+
+class Darkened:
+  """An Augment that darkens from step to step, and cannot mix."""
+
+  def examples(self, images, key, step):
+    assert jax.random.key_data(key).shape == (2,)
+    return PLAIN.normalize(images >> (step + 1).astype(np.uint8))
+
+
+def test_it_sees_examples_that_are_augmented_but_not_mixed():
+  create, state = setup()
+  new = create(2 * B, augment=Darkened())(state)
+  expected = expected_stats(
+      state.variables(), B, [IMAGES[0] >> 1, IMAGES[1] >> 2])
+  for path, value in param_paths.flatten(new.batch_stats).items():
+    assert np.abs(value - expected[path]).max() < (
+        1e-5 * np.abs(expected[path]).max()), path
