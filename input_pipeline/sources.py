@@ -400,6 +400,12 @@ def made(path, holdout, classes):
   return made_.open_splits(path, holdout, classes)
 
 
+def packed(path, holdout, classes):
+  """What `vit-jax pack` wrote; see `input_pipeline.packed`."""
+  from input_pipeline import packed as packed_
+  return packed_.open_splits(path, holdout, classes)
+
+
 # Keys of `input` that only source='tfds' obeys, with the value that they must
 # have elsewhere.
 TFDS_ONLY = dict(
@@ -416,4 +422,4 @@ def tfds(path, holdout, classes, **options):
 
 
 SOURCES = {'digits': digits, 'arrays': arrays, 'folder': folder, 'tfds': tfds,
-           'made': made}
+           'packed': packed, 'made': made}

@@ -9,6 +9,7 @@ COMMANDS = {
     'train': ('vit_jax.train', 'train a model as a config says'),
     'plan': ('vit_jax.commands.plan', 'what a config will compute and cost'),
     'check-data': ('vit_jax.commands.check_data', 'decodes, counts all images'),
+    'pack': ('vit_jax.commands.pack', 'smaller copies of images, in few files'),
     'augment-sheet': (
         'vit_jax.commands.augment_sheet', 'images before and after the ops'),
     'bench': ('vit_jax.commands.bench', 'times parts of the program'),

@@ -85,7 +85,7 @@ def base():
   c.global_batch_size = 2048  # over all devices and processes
 
   c.input = dict(
-      source='digits',  # digits | arrays | folder | tfds | made
+      source='digits',  # digits | arrays | folder | tfds | packed | made
       path='',          # of the .npz file or the folder; tfds: name:version
       classes='',       # a classes.json that fixes the order of classes
       holdout=0.1,      # evaluation share where the data has no such part
