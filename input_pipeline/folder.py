@@ -76,7 +76,7 @@ class Listing:
 
 class Files(sources.Source):
   """Image files below one folder."""
-  encoded = True
+  encoded = files = True
   in_memory = False
 
   def __init__(self, root, listing, class_names):

@@ -7,6 +7,8 @@ of ITU-T T.81, table B.1.
 import struct
 from typing import NamedTuple
 
+import numpy as np
+
 _SOS, _COM = 0xDA, 0xFE
 _FRAMES = (0xC0, 0xC2)  # baseline and progressive, of 8 bits, Huffman coded
 _TABLES = (0xC4, 0xDB, 0xDD)  # libjpeg checks them
@@ -75,3 +77,19 @@ def _read_frame(content, at, length):
     return None
   columns = {content[at + 11 + 3 * i] >> 4 for i in range(components)}
   return Header(height, width, len(columns) > 1)
+
+
+class Headers:
+  """Headers of files that were looked at before, in 6 bytes a file."""
+
+  def __init__(self, count):
+    self._rows = np.zeros((count, 3), np.uint16)  # sides, 1 + subsampled
+
+  def get(self, index):
+    """The Header of a file, or None."""
+    height, width, known = self._rows[index].tolist()
+    return Header(height, width, known == 2) if known else None
+
+  def put(self, index, header):
+    """Keeps a Header; sides are below 2**16, as in any JPEG."""
+    self._rows[index] = header.height, header.width, 1 + header.subsampled

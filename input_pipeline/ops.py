@@ -225,7 +225,8 @@ class InceptionCrop(_RandomCrop):
 
 def _box(height, width, low, high, aspect, draw):
   """(h, w) with w / h = `aspect` and low <= h * w <= high, or None."""
-  tallest = min(round(math.sqrt(high / aspect)), height)
+  tallest = min(round(math.sqrt(high / aspect)), height,
+                int((width + 1) / aspect))
   while round(tallest * aspect) > width:
     tallest -= 1
   shortest = min(round(math.sqrt(low / aspect)), tallest)

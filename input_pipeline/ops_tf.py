@@ -30,13 +30,18 @@ class File(NamedTuple):
     kind: JPEG, PNG or OTHER.
     height, width: pixels.
     is_jpeg: whether it can be decoded at 1/2, 1/4 and 1/8 of its size.
-    margin: columns to decode beside a box, for `load`.
+    subsampled: whether the columns of a JPEG depend on their neighbours.
   """
   kind: int
   height: int
   width: int
   is_jpeg: bool
-  margin: int
+  subsampled: bool
+
+  @property
+  def margin(self):
+    """Columns to decode beside a box, for `load`."""
+    return _MARGIN if self.subsampled else 0
 
 
 def look(content, native=True):
@@ -51,11 +56,15 @@ def look(content, native=True):
   """
   header = jpeg.scan(content) if native else None
   if header:
-    return File(JPEG, header.height, header.width, True,
-                _MARGIN if header.subsampled else 0)
+    return plain_jpeg(header)
   image = ops_numpy.open_image(content)
   return File(kind_of(image, content) if native else OTHER, *image.size[::-1],
-              ops_numpy.is_jpeg(image), _MARGIN)
+              ops_numpy.is_jpeg(image), True)
+
+
+def plain_jpeg(header):
+  """The File of a jpeg.Header."""
+  return File(JPEG, header.height, header.width, True, header.subsampled)
 
 
 def kind_of(image, content):

@@ -9,6 +9,8 @@ TensorFlow's decoders refuse is given to Pillow, and what they might accept by
 looking at a part only was given to it before (`ops_tf.kind_of`).
 """
 import concurrent.futures
+import itertools
+import os
 
 import numpy as np
 import tensorflow as tf
@@ -20,6 +22,8 @@ from input_pipeline import pipeline
 # Files that Python reads in one call from the graph, for a call costs what
 # reading one does; fewer would leave threads without work in small batches.
 _CHUNK = 8
+# What `_fetch` has of an image.
+_NOTHING, _CONTENT, _PATH = range(3)
 
 
 def images(job, start, count):
@@ -59,6 +63,7 @@ def _dataset(job, start, count, size, for_pillow, failures):
   `Job.first_readable` of each row, by number, before the row is in a batch.
   """
   rows = job.rows_from(start)
+  width = 4 + len(job.ops) * len(ops_.View._fields)
   waiting = {}  # {number of its first row: rows of a chunk}
 
   def choose(step):
@@ -80,8 +85,8 @@ def _dataset(job, start, count, size, for_pillow, failures):
       if failed:
         failures[number] = failed
       contents.append(content)
-      numbers.append(np.concatenate(rest))
-    return np.array(contents, object), np.stack(numbers)
+      numbers.append(rest)
+    return np.array(contents, object), np.array(numbers, np.int32)
 
   def in_graph(function, types, shapes):
     return lambda x: tuple(
@@ -101,7 +106,7 @@ def _dataset(job, start, count, size, for_pillow, failures):
     data = data.take(sum(job.size(start + s) > 0 for s in range(count)))
   return iter(
       data.map(in_graph(choose, [tf.int64], [[None]])).unbatch()
-      .map(in_graph(fetch, [tf.string, tf.int32], [[None], [None, None]]),
+      .map(in_graph(fetch, [tf.string, tf.int32], [[None], [None, width]]),
            num_parallel_calls=threads, deterministic=True).unbatch()
       .map(lambda *fetched: _decode(job, *fetched),
            num_parallel_calls=threads, deterministic=True)
@@ -111,38 +116,52 @@ def _dataset(job, start, count, size, for_pillow, failures):
 def _fetch(job, for_pillow, epoch, index, draws, record):
   """Reads a row's image, or the one in its place.
 
+  A file whose header is known is left to TensorFlow to read.
+
   Returns:
-    ((index, content, header, views), failures): the index that was read;
-    content as `ops_tf.load` takes it; int32 [4]: whether there is an image, its
-    label, kind and margin; int32 [8 * len(ops)], `ops.views`. Zeros if there is
-    none. Failures as of `Job.first_readable`.
+    ((index, content, state, label, kind, margin, *views), failures): the index
+    that was read; _CONTENT with what `ops_tf.load` takes as content, _PATH with
+    a path in its place, or _NOTHING with zeros; `ops.views`, flat. Failures as
+    of `Job.first_readable`.
   """
+  source = job.source
 
   def load(i, record):
-    content, label = job.source.load(i, record)
-    file = ops_tf.look(content, i not in for_pillow)
+    native = i not in for_pillow
+    header = source.headers.get(i) if source.files and native else None
+    if header:
+      state, file = _PATH, ops_tf.plain_jpeg(header)
+      content, label = os.fsencode(source.describe(i)), int(source.labels[i])
+    else:
+      state, (content, label) = _CONTENT, source.load(i, record)
+      file = ops_tf.look(content, native)
+      if source.files and file.kind == ops_tf.JPEG:
+        source.headers.put(i, file)
     views = ops_.views(job.ops, file.height, file.width, draws, file.is_jpeg)
-    content = ops_tf.prepare(content, file, views[0].scale)
-    return (i, content, np.array([1, label, file.kind, file.margin], np.int32),
-            np.array(views, np.int32).reshape(-1))
+    if not header:
+      content = ops_tf.prepare(content, file, views[0].scale)
+    return (i, content, state, label, file.kind, file.margin,
+            *itertools.chain.from_iterable(views))
 
   found, failures = job.first_readable(epoch, index, record, load)
-  return found or (
-      index, b'', np.zeros(4, np.int32),
-      np.zeros(len(job.ops) * len(ops_.View._fields), np.int32)), failures
+  none = [0] * (3 + len(job.ops) * len(ops_.View._fields))
+  return found or (index, b'', _NOTHING, *none), failures
 
 
 def _decode(job, content, numbers):
   """(image uint8 `shape`, label, ok) of what `_fetch` returned."""
-  ok, label, kind, margin = (numbers[i] for i in range(4))
+  state, label, kind, margin = tf.unstack(numbers[:4])
   views = tf.reshape(numbers[4:], [len(job.ops), len(ops_.View._fields)])
-  image = tf.cond(
-      ok > 0,
-      lambda: tf.ensure_shape(
-          ops_tf.load(content, kind, margin, views, job.ops, job.shape[-1]),
-          job.shape),
-      lambda: tf.zeros(job.shape, tf.uint8))
-  return image, label, ok > 0
+
+  def load():
+    file = tf.cond(
+        state > _CONTENT, lambda: tf.io.read_file(content), lambda: content)
+    return tf.ensure_shape(
+        ops_tf.load(file, kind, margin, views, job.ops, job.shape[-1]),
+        job.shape)
+
+  ok = state > _NOTHING
+  return tf.cond(ok, load, lambda: tf.zeros(job.shape, tf.uint8)), label, ok
 
 
 def _raise_own_errors(job, step):
@@ -157,7 +176,7 @@ def _refused(job, step, for_pillow):
   def refused(*row):
     (i, content, *numbers), _ = _fetch(job, for_pillow, *row)
     try:
-      _decode(job, tf.constant(content), tf.constant(np.concatenate(numbers)))
+      _decode(job, tf.constant(content), tf.constant(numbers))
     except tf.errors.OpError:
       return int(i)
 

@@ -6,6 +6,7 @@ and the evaluation sources, checked, with one list of class names.
 """
 from collections.abc import Sequence
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from absl import logging
 import numpy as np
 from PIL import Image
 
+from input_pipeline import jpeg
 from input_pipeline import messages
 
 
@@ -29,8 +31,9 @@ class Source:
     in_memory: whether reading touches no disk.
     image_shape: (H, W, C) of raw pixels; None where encoded.
     streamed: read in an order of its own, not by index; see `tfds_source`.
+    files: whether `describe` is the path of a file that is the image.
   """
-  encoded = False
+  encoded = files = False
   in_memory = True
   streamed = False
   image_shape = None
@@ -42,6 +45,11 @@ class Source:
   @property
   def num_examples(self):
     return len(self.labels)
+
+  @functools.cached_property
+  def headers(self):
+    """jpeg.Headers, of its files that were looked at."""
+    return jpeg.Headers(self.num_examples)
 
   def counts(self):
     """{class name: number of examples}, in class order."""
@@ -120,7 +128,7 @@ class Subset(Source):
     super().__init__(source.labels[rows], source.class_names)
     self._source, self._rows = source, np.asarray(rows)
     self.encoded, self.in_memory = source.encoded, source.in_memory
-    self.image_shape = source.image_shape
+    self.image_shape, self.files = source.image_shape, source.files
 
   def read(self, indices):
     return self._source.read(self._rows[np.asarray(indices)])
