@@ -15,11 +15,11 @@ Which example stands where, and every random number, is a function of
 vit_jax, and TensorFlow only once image files on disk are read.
 """
 from input_pipeline import to_device
-from input_pipeline.pipeline import class_counts
-from input_pipeline.pipeline import Data
+from input_pipeline.dataset import class_counts
+from input_pipeline.dataset import Data
+from input_pipeline.dataset import image_shape
+from input_pipeline.dataset import open_data
 from input_pipeline.pipeline import eval_batches
-from input_pipeline.pipeline import image_shape
-from input_pipeline.pipeline import open_data
 from input_pipeline.pipeline import train_batches
 
 __all__ = [

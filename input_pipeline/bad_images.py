@@ -6,8 +6,6 @@ import threading
 
 from absl import logging
 
-from input_pipeline import messages
-
 TRAIN = 'train'
 
 
@@ -16,9 +14,6 @@ class BadImages:
 
   Each process knows those that it met itself. That an image is listed changes
   no batch: whatever asks for it would fail again, so it is not asked.
-
-  Attributes:
-    error: the ValueError that ended the run because of too many, or None.
   """
 
   def __init__(self, max_fraction):
@@ -28,7 +23,6 @@ class BadImages:
     self._paths = {}  # {part: {path: reason}}
     self._lock = threading.Lock()
     self._saved = 0
-    self.error = None
 
   @property
   def paths(self):
@@ -44,14 +38,14 @@ class BadImages:
     """Whether an example of a part of the data was added before."""
     return index in self._reasons.get(part, ())
 
-  def add(self, part, source, index, error):
+  def add(self, part, source, index, reason):
     """Lists an example and logs it, once.
 
     Args:
       part: 'train' or a key of `Data.evals`.
       source: the sources.Source of that part.
       index: of the example.
-      error: the exception that reading it raised.
+      reason: one line without a full stop, see `messages.one_line`.
 
     Raises:
       ValueError: more than the allowed fraction of the training images.
@@ -60,18 +54,17 @@ class BadImages:
       known = self._reasons.setdefault(part, {})
       if index in known:
         return
-      path, reason = source.describe(index), messages.one_line(error)
+      path = source.describe(index)
       known[index] = reason
       self._paths.setdefault(part, {})[path] = reason
       if part == TRAIN and (
           len(known) > self._max_fraction * source.num_examples):
-        self.error = ValueError(
+        raise ValueError(
             f'{path} cannot be read: {reason}; with it {len(known):,} of '
             f'{source.num_examples:,} training images, more than '
             f'input.max_bad_fraction={self._max_fraction}.\n'
             'Repair or remove them (`vit-jax check-data` lists all; too small '
             'ones: resize before the crop), or allow more.')
-        raise self.error
     logging.warning(
         '%s cannot be read (%s): %s.', path, reason,
         'another image takes its place' if part == TRAIN else 'left out')

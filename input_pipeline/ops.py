@@ -14,7 +14,15 @@ import numpy as np
 from input_pipeline import op_line
 from input_pipeline import order
 
-_ATTEMPTS = 100
+# How to resize; TF: `tf.image.resize`'s rule, truncated to uint8.
+METHODS = {
+    'bilinear': 'TF, no antialiasing',
+    'area': 'TF, means over the source pixels below each result',
+    'bilinear_antialias': "Pillow's BILINEAR, as torchvision has it",
+    'bicubic_antialias': "Pillow's BICUBIC, as torchvision has it",
+}
+# libjpeg decodes at 1 / these of the size, by smaller inverse transforms.
+_SCALES = (8, 4, 2)
 
 
 class View(NamedTuple):
@@ -26,6 +34,7 @@ class View(NamedTuple):
   out_height: int  # differs from `height` only in ops with a resize method
   out_width: int
   flip: int  # 0 or 1: left to right
+  scale: int = 1  # of `decode`: a JPEG is decoded at 1 / scale of its size
 
 
 def _keep(height, width, flip=0):
@@ -37,16 +46,22 @@ class Op:
   """An op without arguments; the fields of subclasses are their arguments.
 
   Class attributes say which parts of a view matter: `crops`, `flips`,
-  `resizes` ('', 'bilinear' or 'area'); `draws`: random numbers per image.
+  `method` (of METHODS, '' resizes nothing); `draws`: random numbers per image.
   """
   crops = flips = False
-  resizes = ''
+  method = ''
   draws = 0
   border = 0  # zeros added on each side before the box is cut
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
+      choices = METHODS if field.type is str else (False, True)
+      if field.type in (str, bool):
+        if type(value) is not field.type or value not in choices:
+          raise TypeError(f'{field.name}={value!r} is none of '
+                          + ', '.join(map(str, choices)))
+        continue
       if field.type is float:
         ok = isinstance(value, (int, float))
       else:
@@ -75,7 +90,13 @@ class Decode(Op):
 
   EXIF orientation is ignored, by both drivers: the released models were
   trained so.
+
+  With `dct_scale` a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where what
+  the next op resizes is that many times larger than its result. That is faster,
+  and changes the pixels: libjpeg's small inverse transforms average, and the
+  box is moved outwards to whole pixels of the smaller image.
   """
+  dct_scale: bool = False
 
   def view(self, height, width, draws):
     return _keep(height, width)
@@ -83,10 +104,10 @@ class Decode(Op):
 
 @dataclasses.dataclass(frozen=True)
 class Resize(Op):
-  """Bilinear, without antialiasing, truncated to uint8."""
+  """To `height_size` x `width_size`, or a square; `method` of METHODS."""
   height_size: int
   width_size: int = None
-  resizes = 'bilinear'
+  method: str = 'bilinear'
 
   def __post_init__(self):
     if self.width_size is None:
@@ -102,9 +123,9 @@ class Resize(Op):
 
 @dataclasses.dataclass(frozen=True)
 class ResizeSmall(Op):
-  """The shorter side to `size`, keeping the aspect; 'area', truncated."""
+  """The shorter side to `size`, the other rounded; `method` of METHODS."""
   size: int
-  resizes = 'area'
+  method: str = 'area'
 
   def out_size(self, height, width):
     if height is None or width is None:
@@ -155,20 +176,13 @@ class PadCrop(Op):
 
 
 @dataclasses.dataclass(frozen=True)
-class InceptionCrop(Op):
-  """A random box of `area_min` to `area_max` percent, resized to a square.
-
-  The box follows the law of `tf.image.sample_distorted_bounding_box`: aspect
-  uniform in [3/4, 1.33], height uniform among those with an allowed area,
-  offset uniform but never the last possible one; up to 100 attempts, then the
-  whole image. Bilinear, without antialiasing, truncated to uint8.
-  """
+class _RandomCrop(Op):
+  """A random box of `area_min` to `area_max` percent, resized to a square."""
   size: int
-  area_min: float = 5
+  area_min: float
   area_max: float = 100
+  method: str = 'bilinear'
   crops = True
-  resizes = 'bilinear'
-  draws = 4 * _ATTEMPTS
 
   def __post_init__(self):
     super().__post_init__()
@@ -178,11 +192,29 @@ class InceptionCrop(Op):
   def out_size(self, height, width):
     return self.size, self.size
 
+  def _areas(self, height, width):
+    """(smallest, largest) area of the box, in pixels."""
+    return (self.area_min / 100 * height * width,
+            self.area_max / 100 * height * width)
+
+
+@dataclasses.dataclass(frozen=True)
+class InceptionCrop(_RandomCrop):
+  """A random box of `area_min` to `area_max` percent, resized to a square.
+
+  The box follows the law of `tf.image.sample_distorted_bounding_box`: aspect
+  uniform in [3/4, 1.33], height uniform among those with an allowed area,
+  offset uniform but never the last possible one; up to 100 attempts, then the
+  whole image. `method` of METHODS.
+  """
+  area_min: float = 5
+  attempts = 100
+  draws = 4 * attempts
+
   def view(self, height, width, draws):
-    low = self.area_min / 100 * height * width
-    high = self.area_max / 100 * height * width
-    for attempt in range(_ATTEMPTS):
-      aspect, tall, top, left = draws[4 * attempt:4 * attempt + 4]
+    low, high = self._areas(height, width)
+    for attempt in range(self.attempts):
+      aspect, tall, top, left = draws[4 * attempt:4 * attempt + 4].tolist()
       box = _box(height, width, low, high, 0.75 + aspect * (1.33 - 0.75), tall)
       if box:
         h, w = box
@@ -210,6 +242,36 @@ def _box(height, width, low, high, aspect, draw):
 
 
 @dataclasses.dataclass(frozen=True)
+class RandomResizedCrop(_RandomCrop):
+  """A random box of `area_min` to `area_max` percent, resized to a square.
+
+  The box follows the law of torchvision's RandomResizedCrop, whose `scale` is
+  these percentages as fractions: area uniform, aspect (width / height)
+  log-uniform in [3/4, 4/3], sides rounded, offset uniform; 10 attempts to find
+  one inside of the image, then the largest central box of an allowed aspect.
+  The paper and DeiT train with it. `method` of METHODS: 'bilinear_antialias'
+  is what torchvision does to Pillow's images.
+  """
+  area_min: float = 8
+  attempts = 10
+  draws = 4 * attempts
+
+  def view(self, height, width, draws):
+    low, high = self._areas(height, width)
+    for attempt in range(self.attempts):
+      area, aspect, top, left = draws[4 * attempt:4 * attempt + 4].tolist()
+      area, aspect = low + area * (high - low), (4 / 3) ** (2 * aspect - 1)
+      w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+      if 0 < w <= width and 0 < h <= height:
+        return View(int(top * (height - h + 1)), int(left * (width - w + 1)),
+                    h, w, self.size, self.size, 0)
+    h = min(height, round(width / (3 / 4)))
+    w = min(width, round(height * (4 / 3)))
+    return View((height - h) // 2, (width - w) // 2, h, w, self.size,
+                self.size, 0)
+
+
+@dataclasses.dataclass(frozen=True)
 class FlipLr(Op):
   """Left to right, with probability one half."""
   flips = True
@@ -226,6 +288,7 @@ OPS = {
     'central_crop': CentralCrop,
     'pad_crop': PadCrop,
     'inception_crop': InceptionCrop,
+    'random_resized_crop': RandomResizedCrop,
     'flip_lr': FlipLr,
 }
 
@@ -265,7 +328,7 @@ def out_size(ops, height, width):
   return height, width
 
 
-def draw(ops, data_seed, epoch, index):
+def draw(ops, data_seed, epoch, index, repeat=0):
   """The random numbers of all ops, for a batch.
 
   Args:
@@ -273,17 +336,18 @@ def draw(ops, data_seed, epoch, index):
     data_seed: int.
     epoch: int64 [n].
     index: int64 [n], example indices.
+    repeat: int64 [n], counts an example's repeats in an epoch.
 
   Returns:
     float64 [n, D] in [0, 1), what the ops draw side by side. An op's numbers
     depend on its place in the line, not on what precedes it.
   """
-  columns = [order.uniform(data_seed, epoch, index, place, op.draws)
+  columns = [order.uniform(data_seed, epoch, index, place, op.draws, repeat)
              for place, op in enumerate(ops)]
   return np.concatenate([np.zeros((len(index), 0)), *columns], axis=1)
 
 
-def views(ops, height, width, draws):
+def views(ops, height, width, draws, scalable=False):
   """What each op does to one image: list of View, as long as `ops`.
 
   Args:
@@ -291,6 +355,7 @@ def views(ops, height, width, draws):
     height: of the image.
     width: of the image.
     draws: float64 [D], a row of what `draw` returned.
+    scalable: whether it is a JPEG, for `decode(dct_scale=True)`.
 
   Raises:
     ValueError: a crop is larger than what it is cut from.
@@ -301,4 +366,19 @@ def views(ops, height, width, draws):
     draws = draws[op.draws:]
     height, width = view.out_height, view.out_width
     result.append(view)
+  if scalable and len(ops) > 1 and ops[0].dct_scale:
+    result[:2] = _scaled(*result[:2])
   return result
+
+
+def _scaled(decode, view):
+  """Views of decoding at a fraction of the size, and of the op after it."""
+  scale = next((s for s in _SCALES if view.height >= s * view.out_height
+                and view.width >= s * view.out_width), 1)
+  height, width = -(-decode.height // scale), -(-decode.width // scale)
+  top, left = view.top // scale, view.left // scale
+  bottom = -(-(view.top + view.height) // scale)
+  right = -(-(view.left + view.width) // scale)
+  return (decode._replace(out_height=height, out_width=width, scale=scale),
+          view._replace(top=top, left=left, height=bottom - top,
+                        width=right - left))

@@ -1,15 +1,17 @@
 """The ops in numpy and Pillow: the driver that needs no TensorFlow.
 
-The resizes follow TensorFlow's conventions (half-pixel centres, float32, no
-antialiasing), which the released models were trained with; Pillow's own
-resize antialiases.
+The resizes named 'bilinear' and 'area' follow TensorFlow's conventions
+(half-pixel centres, float32, no antialiasing), which the released models were
+trained with; the antialiased ones are Pillow's own, as in torchvision.
 """
+import functools
 import io
 
 import numpy as np
 from PIL import Image
 from PIL import UnidentifiedImageError
 
+_JPEG = ('JPEG', 'MPO')  # what Pillow calls it, with a second image and without
 # Only these decoders run on files that came from elsewhere.
 FORMATS = ('JPEG', 'PNG', 'GIF', 'BMP', 'WEBP')
 
@@ -55,7 +57,28 @@ def decode(content, channels):
   Returns:
     uint8 [H, W, channels].
   """
-  image = open_image(content)
+  return pixels(open_image(content), channels)
+
+
+def is_jpeg(image):
+  """Whether `open_image` found a JPEG, which `pixels` can scale."""
+  return image.format in _JPEG
+
+
+def pixels(image, channels, scale=1):
+  """Decodes what `open_image` returned; see `decode`.
+
+  Args:
+    image: from `open_image`.
+    channels: 1 or 3.
+    scale: 1, 2, 4 or 8: a JPEG is decoded at 1 / scale of its size.
+
+  Returns:
+    uint8 [ceil(H / scale), ceil(W / scale), channels].
+  """
+  if scale > 1:
+    width, height = image.size
+    image.draft(None, (width // scale, height // scale))
   if image.mode.startswith('I'):  # 16 bits, grey: Pillow would clip them
     return to_channels(
         (np.asarray(image) >> 8).astype(np.uint8)[..., None], channels)
@@ -85,8 +108,8 @@ def apply(image, ops, views):
     if op.crops:
       image = image[view.top:view.top + view.height,
                     view.left:view.left + view.width]
-    if op.resizes:
-      image = RESIZES[op.resizes](image, view.out_height, view.out_width)
+    if op.method:
+      image = RESIZES[op.method](image, view.out_height, view.out_width)
     if view.flip:
       image = image[:, ::-1]
   return image
@@ -137,4 +160,18 @@ def _area_weights(source, size):
   return (np.maximum(overlap, 0) * (size / source)).astype(np.float32)
 
 
-RESIZES = {'bilinear': resize_bilinear, 'area': resize_area}
+def resize_antialias(filter_, image, height, width):
+  """Pillow's resize with one of its filters."""
+  pillow = Image.fromarray(image if image.shape[-1] == 3 else image[..., 0])
+  resized = np.asarray(pillow.resize((width, height), filter_))
+  return resized.reshape(height, width, -1)
+
+
+RESIZES = {
+    'bilinear': resize_bilinear,
+    'area': resize_area,
+    'bilinear_antialias': functools.partial(
+        resize_antialias, Image.Resampling.BILINEAR),
+    'bicubic_antialias': functools.partial(
+        resize_antialias, Image.Resampling.BICUBIC),
+}

@@ -118,7 +118,7 @@ def permuted(data_seed, epoch, position, num_examples, stream=0):
 
 
 @np.errstate(over='ignore')
-def uniform(data_seed, epoch, index, stream, n):
+def uniform(data_seed, epoch, index, stream, n, repeat=0):
   """Random numbers that belong to one example in one epoch.
 
   Args:
@@ -127,10 +127,12 @@ def uniform(data_seed, epoch, index, stream, n):
     index: int or int64 array of example indices.
     stream: int that separates uses, such as the position of an op.
     n: how many numbers.
+    repeat: int or int64 array in [0, 2**16), of the same example and epoch.
 
   Returns:
     float64 [..., n] in [0, 1): SplitMix64 started at a hash of the rest.
   """
+  stream = stream + (np.asarray(repeat, np.int64) << 32)
   start = _hash(_FOR_DRAWS, data_seed, epoch, index, stream)
   counter = np.arange(1, n + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
   bits = _mix(start[..., None] + counter)
@@ -203,17 +205,46 @@ def batch_positions(step, *, num_examples, global_batch_size, epoch='exact',
                    np.int64(examples_per_epoch))
 
 
-def batch_examples(data_seed, step, *, num_examples, **kwargs):
+def batch_examples(data_seed, step, *, num_examples, repeats=1, **kwargs):
   """Which example, seen for which time, is each row of a process's batch.
+
+  With repeats (repeated augmentation: Hoffer et al., arXiv 1901.09335; DeiT
+  takes 3) an epoch still has N positions, and visits N / repeats examples:
+  position p takes the example at p // repeats of the order, with the draws of
+  its repeat p % repeats.
 
   Args:
     data_seed: int in [0, 2**63).
     step: int >= 0.
     num_examples: N.
+    repeats: how often in a row an example comes.
     **kwargs: as in `batch_positions`.
 
   Returns:
-    (epoch, index), each int64 [B / process_count].
+    (epoch, index, repeat), each int64 [B / process_count]; repeat counts from
+    0 to repeats - 1, for `uniform`.
+
+  Raises:
+    ValueError: repeats out of range, or as `batch_positions`.
   """
+  check_repeats(repeats)
   epoch, position = batch_positions(step, num_examples=num_examples, **kwargs)
-  return epoch, permuted(data_seed, epoch, position, num_examples)
+  position, repeat = np.divmod(position, np.int64(repeats))
+  return epoch, permuted(data_seed, epoch, position, num_examples), repeat
+
+
+def check_repeats(repeats):
+  """Raises ValueError unless `repeats` is an int in [1, 2**16)."""
+  if (not isinstance(repeats, (int, np.integer)) or isinstance(repeats, bool)
+      or not 1 <= repeats < 2**16):
+    raise ValueError(
+        f'input.repeats={repeats!r} is no whole number from 1 on.\n'
+        'Take 1 to see each example once in an epoch, or 3 as DeiT does.')
+
+
+def check_not_repeated(repeats):
+  """Raises ValueError for repeats of a streamed source."""
+  if repeats != 1:
+    raise ValueError(
+        f'A streamed source has no input.repeats={repeats}.\n'
+        'Use input.repeats=1, or copy the data to a local disk.')

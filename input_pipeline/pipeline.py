@@ -11,6 +11,7 @@ import functools
 import itertools
 import os
 import struct
+from typing import NamedTuple
 
 from absl import logging
 import numpy as np
@@ -23,7 +24,6 @@ from input_pipeline import ops_numpy
 from input_pipeline import order
 from input_pipeline import sources
 
-_CHANNELS = (1, 3)
 # What Pillow raises on broken or hostile files, apart from OSError.
 READ_ERRORS = (
     OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError,
@@ -34,173 +34,21 @@ READ_ERRORS = (
 _SUBSTITUTES = 16
 
 
-@dataclasses.dataclass(frozen=True)
-class Data:
-  """An opened data set with its preprocessing.
+class Rows(NamedTuple):
+  """The examples of a batch: int64 [n] each, and what a stream holds of them.
 
   Attributes:
-    train: what to train on.
-    evals: what to evaluate on, by name ('test', 'val').
-    class_names: in the order of the labels.
-    train_ops: of input.pp.
-    eval_ops: of input.eval_pp.
-    image_shape: (H, W, C) of training images.
-    eval_shape: (H, W, C) of evaluation images.
-    bad: what could not be read so far, see `bad_images.BadImages`.
+    epoch, index, repeat: as of `order.batch_examples`.
+    records: list of n where the source is streamed, else None.
   """
-  train: sources.Source
-  evals: dict[str, sources.Source]
-  class_names: tuple[str, ...]
-  train_ops: tuple[ops_.Op, ...]
-  eval_ops: tuple[ops_.Op, ...]
-  image_shape: tuple[int, int, int]
-  eval_shape: tuple[int, int, int]
-  bad: bad_images.BadImages
-
-
-def open_data(config_input, data_seed, splits=None):
-  """Opens what a config's `input` section names, and checks all of it.
-
-  Args:
-    config_input: mapping with
-      source: 'digits', 'arrays', 'folder' or 'tfds'; see `sources`, `folder`
-        and `tfds_source`.
-      path: of the data; '' for digits; 'name:version' for tfds.
-      pp, eval_pp: ops of training and evaluation; see `ops.OPS`.
-      channels: 1 or 3.
-      epoch: 'exact' or 'floor'; see `order.batch_positions`.
-      holdout: fraction in (0, 1) of the training examples to evaluate on
-        where the data has no part for it. Which ones never changes.
-      classes: '' or a JSON file with the list of class names in order.
-      max_bad_fraction: in [0, 1), of training images that may be unreadable.
-      data_dir, train_split, eval_split, stream, window: of tfds, see
-        `tfds_source.open_splits`; their defaults for other sources.
-    data_seed: int in [0, 2**63), of the order and of the host's draws.
-    splits: sources.Splits to use in place of source and path, such as from
-      `sources.from_arrays`.
-
-  Returns:
-    Data.
-
-  Raises:
-    FileNotFoundError: a path that does not exist.
-    ValueError: anything else that would fail later; with the remedy.
-  """
-  # Every key is read whatever the others say, so that a check for keys that
-  # nothing reads stays simple.
-  name, path, epoch, channels, holdout, classes, max_bad = (
-      config_input[k]
-      for k in ('source', 'path', 'epoch', 'channels', 'holdout', 'classes',
-                'max_bad_fraction'))
-  tfds_only = {k: config_input[k] for k in sources.TFDS_ONLY}
-  train_ops = ops_.parse(config_input['pp'], 'pp')
-  eval_ops = ops_.parse(config_input['eval_pp'], 'eval_pp')
-  order.check_seed(data_seed)
-  _check_choice('source', name, tuple(sources.SOURCES))
-  _check_choice('epoch', epoch, order.EPOCHS)
-  _check_choice('channels', channels, _CHANNELS)
-  if not isinstance(holdout, (int, float)) or not 0 < holdout < 1:
-    raise ValueError(
-        f'input.holdout={holdout!r} is not between 0 and 1.\n'
-        'Take the fraction of the examples to evaluate on, such as 0.1.')
-  if not isinstance(max_bad, (int, float)) or not 0 <= max_bad < 1:
-    raise ValueError(
-        f'input.max_bad_fraction={max_bad!r} is not in [0, 1).\n'
-        'Take the fraction of training images that may be unreadable: 0.001.')
-  _check_tfds_only(name, tfds_only)
-  random_ops = [name for name, op in ops_.OPS.items()
-                if op.draws and op in map(type, eval_ops)]
-  if random_ops:
-    raise ValueError(
-        f'input.eval_pp contains {", ".join(random_ops)}: random.\n'
-        'Evaluation is not: use resize_small and central_crop.')
-
-  class_names = sources.read_classes(path=classes) if classes else ()
-  if splits is None:
-    options = tfds_only if name == 'tfds' else {}
-    splits = sources.SOURCES[name](path, holdout, class_names, **options)
-  for split, source in {'train': splits.train, **splits.evals}.items():
-    if not source.num_examples:
-      raise ValueError(f'{name}: {split} has no examples.\n'
-                       'Add some, or remove that part.')
-  shapes = [
-      {_shape(key, ops, s, channels) for s in part}
-      for key, ops, part in (
-          ('pp', train_ops, [splits.train]),
-          ('eval_pp', eval_ops, splits.evals.values() or [splits.train]))]
-  if len(shapes[1]) > 1:
-    raise ValueError(
-        f'input.eval_pp gives images of shapes {sorted(shapes[1])}.\n'
-        'Make them one size with resize or a crop.')
-  return Data(splits.train, splits.evals, splits.train.class_names, train_ops,
-              eval_ops, shapes[0].pop(), shapes[1].pop(),
-              bad_images.BadImages(max_bad))
-
-
-def _check_tfds_only(source, options):
-  """Raises ValueError for values of the wrong kind or without effect."""
-  for key, value in options.items():
-    default = sources.TFDS_ONLY[key]
-    if source != 'tfds' and value != default:
-      raise ValueError(
-          f'input.{key}={value!r} has no effect with input.source={source!r}.\n'
-          f"Leave it at {default!r}, or use input.source='tfds'.")
-    if type(value) is not type(default) or (key == 'window' and value < 1):
-      raise ValueError(
-          f'input.{key}={value!r} is no {type(default).__name__} that it could '
-          f'be.\nIts default is {default!r}.')
-
-
-def image_shape(config_input):
-  """The shape of training images, without opening any data.
-
-  Args:
-    config_input: as in `open_data`; only pp and channels are read.
-
-  Returns:
-    (H, W, C), equal to `Data.image_shape` of the data once it is opened.
-
-  Raises:
-    ValueError: the ops are wrong or do not fix a size. They need not do so
-      where the source does (digits, arrays of pixels): that takes `open_data`.
-  """
-  ops, channels = ops_.parse(config_input['pp'], 'pp'), config_input['channels']
-  _check_choice('channels', channels, _CHANNELS)
-  return (*_size('pp', ops, None, None), channels)
-
-
-def _check_choice(key, value, choices):
-  if value not in choices:
-    raise ValueError(f'input.{key}={value!r} is unknown.\n'
-                     + messages.choices(value, choices))
-
-
-def _shape(key, ops, source, channels):
-  """(H, W, C) of a source's images after the ops."""
-  if source.encoded and not (ops and isinstance(ops[0], ops_.Decode)):
-    raise ValueError(
-        f"input.{key} does not begin with 'decode', but the source holds image "
-        "files.\nPut it first, as in 'decode|resize(224)'.")
-  height, width = (None, None) if source.encoded else source.image_shape[:2]
-  return (*_size(key, ops, height, width), channels)
-
-
-def _size(key, ops, height, width):
-  """(H, W) after the ops; None stands for a size that varies."""
-  try:
-    size = ops_.out_size(ops, height, width)
-  except ValueError as e:
-    raise ValueError(f'input.{key}: {e}') from None
-  if None in size:
-    raise ValueError(
-        f'input.{key} does not bring images to one size.\n'
-        "End it with 'resize(H, W)' or with a crop, such as "
-        "'decode|resize_small(256)|central_crop(224)'.")
-  return size
+  epoch: np.ndarray
+  index: np.ndarray
+  repeat: np.ndarray
+  records: list | None
 
 
 def train_batches(data, *, global_batch_size, data_seed, start_step=0,
-                  epoch='exact', process_index=0, process_count=1):
+                  epoch='exact', repeats=1, process_index=0, process_count=1):
   """Endless batches of one process, from any step on at once.
 
   In place of an image that cannot be read stands another, drawn by
@@ -214,6 +62,7 @@ def train_batches(data, *, global_batch_size, data_seed, start_step=0,
     data_seed: int in [0, 2**63).
     start_step: first step; its batch equals that of an unbroken stream.
     epoch: 'exact' or 'floor'; see `order.batch_positions`.
+    repeats: how often in a row an example comes; see `order.batch_examples`.
     process_index: which rows of each global batch: b from process_index * b.
     process_count: divides B; b = B / process_count.
 
@@ -231,7 +80,8 @@ def train_batches(data, *, global_batch_size, data_seed, start_step=0,
   def rows(step):
     return order.batch_examples(
         data_seed, step, num_examples=source.num_examples,
-        global_batch_size=global_batch_size, epoch=epoch, **processes)
+        global_batch_size=global_batch_size, epoch=epoch, repeats=repeats,
+        **processes)
 
   size = len(rows(start_step)[1])
   if source.streamed and epoch != 'exact':
@@ -239,12 +89,13 @@ def train_batches(data, *, global_batch_size, data_seed, start_step=0,
         f'A streamed source has no input.epoch={epoch!r}.\n'
         "Use input.epoch='exact', or copy the data to a local disk.")
   if source.streamed:
+    order.check_not_repeated(repeats)
     source.files_of(**processes, data_seed=data_seed)  # raises if too few
 
   def rows_from(first):
     if not source.streamed:
       for step in itertools.count(first):
-        yield (*rows(step), None)
+        yield Rows(*rows(step), None)
     records = source.shuffled(data_seed, first * size, **processes)
     while True:
       yield _columns(itertools.islice(records, size))
@@ -311,7 +162,8 @@ def eval_batches(data, split, *, global_batch_size, process_index=0,
         yield _columns(itertools.islice(stream, size))
       else:
         index = np.arange(first(batch), min(first(batch) + size, mine))
-        yield np.zeros_like(index), index, None
+        none = np.zeros_like(index)
+        yield Rows(none, index, none, None)
 
   def pad(x):
     return np.concatenate([x, np.zeros((size - len(x), *x.shape[1:]), x.dtype)])
@@ -323,11 +175,12 @@ def eval_batches(data, split, *, global_batch_size, process_index=0,
           for image, label, ok in job.run(0, count))
 
 
-def _columns(rows):
-  """(epoch, index, record) triples as (int64 [n], int64 [n], list)."""
-  epoch, index, records = zip(*rows, strict=True) if (
-      rows := list(rows)) else ((), (), ())
-  return np.array(epoch, np.int64), np.array(index, np.int64), list(records)
+def _columns(triples):
+  """Rows of a stream's (epoch, index, record)."""
+  epoch, index, records = zip(*triples, strict=True) if (
+      triples := list(triples)) else ((), (), ())
+  return Rows(np.array(epoch, np.int64), np.array(index, np.int64),
+              np.zeros(len(index), np.int64), list(records))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -341,9 +194,8 @@ class Job:
     shape: (H, W, C) that results.
     data_seed: int.
     bad: bad_images.BadImages.
-    rows_from: function of a step: an iterator of (epoch int64 [n], index int64
-      [n], records) of that and the following steps; records are a list where
-      the source is streamed, else None.
+    rows_from: function of a step: an iterator of Rows of that and the
+      following steps.
     size: function of a step: n. The same at all steps but the last; once it is
       0 it stays so.
   """
@@ -372,11 +224,22 @@ class Job:
       except ImportError as e:
         logging.info(
             'Decoding with Pillow, because TensorFlow is not here (%s).', e)
-    for image, label, ok in engine(self, start, count):
+    for image, label, ok, failures in engine(self, start, count):
+      self._report(ok, failures)
       if self.part == bad_images.TRAIN and not ok.all():
         take = _next_ok(ok)
         image, label, ok = image[take], label[take], ok[take]
       yield image, label, ok
+
+  def draws(self, rows):
+    """float64 [n, D], the random numbers of Rows; see `ops.draw`."""
+    return ops_.draw(
+        self.ops, self.data_seed, rows.epoch, rows.index, rows.repeat)
+
+  @property
+  def substitutes(self):
+    """Whether another image takes the place of an unreadable one."""
+    return self.part == bad_images.TRAIN and not self.source.streamed
 
   def first_readable(self, epoch, index, record, load):
     """What `load` makes of an example, or of the one in its place.
@@ -388,28 +251,39 @@ class Job:
       load: function of (index, record).
 
     Returns:
-      What `load` returned; None if the example cannot be read and has no
-      substitute: in evaluation, and in streams.
-
-    Raises:
-      ValueError: too many images cannot be read.
+      (found, failures): what `load` returned, or None if the example cannot be
+      read and nothing takes its place; and a list of (example, why it cannot
+      be read, None if that is known), in the order in which they were tried.
+      Rows are read side by side: `run` alone judges the failures, in order.
     """
-    substitutes = self.part == bad_images.TRAIN and not self.source.streamed
-    for attempt in range(_SUBSTITUTES + 1 if substitutes else 1):
+    failures = []
+    for attempt in range(_SUBSTITUTES + 1 if self.substitutes else 1):
       i = int(index) if not attempt else order.substitute(
           self.data_seed, epoch, index, attempt, self.source.num_examples)
       if self.bad.knows(self.part, i):
+        failures.append((i, None))
         continue
       try:
-        return load(i, record)
+        return load(i, record), failures
       except READ_ERRORS as e:
-        self.bad.add(self.part, self.source, i, e)
-    if substitutes:
-      raise ValueError(
-          f'{self.source.describe(index)} cannot be read, nor {_SUBSTITUTES} '
-          'others drawn in its place.\n'
-          'Lower input.max_bad_fraction, and repair or remove the images.')
-    return None
+        failures.append((i, messages.one_line(e)))
+    return None, failures
+
+  def _report(self, ok, failures):
+    """Lists a batch's failures, {row: those of `first_readable`}, by row.
+
+    Raises:
+      ValueError: too many images cannot be read, or a row has no substitute.
+    """
+    for row, tried in sorted(failures.items()):
+      for index, reason in tried:
+        if reason is not None:
+          self.bad.add(self.part, self.source, index, reason)
+      if self.substitutes and not ok[row]:
+        raise ValueError(
+            f'{self.source.describe(tried[0][0])} cannot be read, nor '
+            f'{_SUBSTITUTES} others drawn in its place.\n'
+            'Lower input.max_bad_fraction, and repair or remove the images.')
 
 
 def _next_ok(ok):
@@ -435,7 +309,10 @@ def cpu_count():
 
 
 def _numpy_images(job, start, count):
-  """The engine without TensorFlow; threads where there is decoding to do."""
+  """The engine without TensorFlow; threads where there is decoding to do.
+
+  Yields what `Job.run` does, and {row: failures of `Job.first_readable`}.
+  """
   source, ops, shape = job.source, job.ops, job.shape
   rows = job.rows_from(start)
 
@@ -448,26 +325,30 @@ def _numpy_images(job, start, count):
       if not job.size(step):
         yield no_images(shape)
         continue
-      epoch, index, records = next(rows)
-      draws = ops_.draw(ops, job.data_seed, epoch, index)
+      chosen = next(rows)
+      draws, index = job.draws(chosen), chosen.index
       if source.encoded:
-        found = list(pool.map(
-            load, epoch, index, draws, records or [None] * len(index)))
+        found, tried = zip(*pool.map(
+            load, chosen.epoch, index, draws,
+            chosen.records or [None] * len(index)), strict=True)
         none = np.zeros(shape, np.uint8), 0
         images, labels = zip(*(f or none for f in found), strict=True)
         ok = np.array([f is not None for f in found])
+        failures = {row: t for row, t in enumerate(tried) if t}
       else:
         pixels = ops_numpy.to_channels(source.read(index), shape[-1])
         images = [
             ops_numpy.apply(p, ops, ops_.views(ops, *p.shape[:2], d))
             for p, d in zip(pixels, draws, strict=True)]
         labels, ok = source.labels[index], np.ones(len(index), bool)
-      yield np.stack(images), np.array(labels, np.int32), ok
+        failures = {}
+      yield np.stack(images), np.array(labels, np.int32), ok, failures
 
 
 def no_images(shape):
   """What an engine yields for a step without rows."""
-  return np.zeros((0, *shape), np.uint8), np.zeros(0, 'i4'), np.zeros(0, bool)
+  return (np.zeros((0, *shape), np.uint8), np.zeros(0, 'i4'),
+          np.zeros(0, bool), {})
 
 
 def decode_example(source, ops, draws, channels, index, record=None):
@@ -477,12 +358,8 @@ def decode_example(source, ops, draws, channels, index, record=None):
     READ_ERRORS: it cannot be read.
   """
   content, label = source.load(index, record)
-  image = ops_numpy.decode(content, channels)
-  return ops_numpy.apply(
-      image, ops, ops_.views(ops, *image.shape[:2], draws)), label
-
-
-def class_counts(data):
-  """{split: {class name: number of examples}}, training first."""
-  return {name: source.counts()
-          for name, source in {'train': data.train, **data.evals}.items()}
+  image = ops_numpy.open_image(content)
+  width, height = image.size
+  views = ops_.views(ops, height, width, draws, ops_numpy.is_jpeg(image))
+  pixels = ops_numpy.pixels(image, channels, views[0].scale)
+  return ops_numpy.apply(pixels, ops, views), label

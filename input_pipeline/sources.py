@@ -394,6 +394,12 @@ def folder(path, holdout, classes):
   return folder_.open_splits(path, holdout, classes)
 
 
+def made(path, holdout, classes):
+  """A few images for smoke tests; see `input_pipeline.made`."""
+  from input_pipeline import made as made_
+  return made_.open_splits(path, holdout, classes)
+
+
 # Keys of `input` that only source='tfds' obeys, with the value that they must
 # have elsewhere.
 TFDS_ONLY = dict(
@@ -409,4 +415,5 @@ def tfds(path, holdout, classes, **options):
       path, classes=classes, **{**TFDS_ONLY, **options})
 
 
-SOURCES = {'digits': digits, 'arrays': arrays, 'folder': folder, 'tfds': tfds}
+SOURCES = {'digits': digits, 'arrays': arrays, 'folder': folder, 'tfds': tfds,
+           'made': made}

@@ -215,8 +215,9 @@ def open_splits(path, data_dir, train_split, eval_split, stream, window,
     path: 'name', 'name:version' or 'name/config:version'.
     data_dir: where TFDS prepared it, a folder or gs://...; '' is its default.
     train_split: to train on, such as 'train' or 'train[:98%]'.
-    eval_split: to evaluate on, called 'test' if that is the name of the split
-      and 'val' otherwise; '' is validation or test, whichever is there.
+    eval_split: to evaluate on, '' is validation or test, whichever is there.
+      Several are 'val=validation, minival=train[99%:]'; without a name one is
+      called 'test' if that is the name of the split and 'val' otherwise.
     stream: whether to stream TFRecord files that lie on a disk, too.
     window: records within which a stream is shuffled.
     classes: class names in order, or () for those of the data set.
@@ -240,15 +241,18 @@ def open_splits(path, data_dir, train_split, eval_split, stream, window,
         f'{path} has only the splits {sorted(info.splits)}, none to evaluate.\n'
         "Set input.train_split='train[:90%]' and input.eval_split="
         "'train[90%:]', for example.")
-  opened = {}
-  for key, split in (('train_split', train_split), ('eval_split', eval_split)):
-    opened[key] = _open(
-        _parts(info, key, split, path), info, stream, keys, class_names,
-        classes_of, path)
-    opened[key].window = window
-  _warn_of_overlap(*(_parts(info, key, split, path) for key, split in (
-      ('train_split', train_split), ('eval_split', eval_split))))
-  train = opened['train_split']
+
+  def open_split(parts):
+    source = _open(parts, info, stream, keys, class_names, classes_of, path)
+    source.window = window
+    return source
+
+  parts = _parts(info, 'train_split', train_split, path)
+  train, evals = open_split(parts), {}
+  for name, split in _named(eval_split).items():
+    part = _parts(info, 'eval_split', split, path)
+    _warn_of_overlap(parts, part)
+    evals[name] = open_split(part)
   if train.streamed:
     logging.info(
         '%s is streamed: files in an order drawn for each epoch, records '
@@ -259,8 +263,22 @@ def open_splits(path, data_dir, train_split, eval_split, stream, window,
         f'input.window={window} has no effect: {path} is read by index, and '
         'shuffled as a whole.\n'
         f'Leave it at {sources.TFDS_ONLY["window"]}, or set input.stream.')
-  part = 'test' if eval_split.startswith('test') else 'val'
-  return sources.Splits(train, {part: opened['eval_split']})
+  return sources.Splits(train, evals)
+
+
+def _named(eval_split):
+  """{name: split} of input.eval_split; ValueError for a name given twice."""
+  named = {}
+  for text in eval_split.split(','):
+    name, equals, split = map(str.strip, text.partition('='))
+    if not equals:
+      name, split = 'test' if name.startswith('test') else 'val', name
+    if name in named:
+      raise ValueError(
+          f'input.eval_split={eval_split!r} has two splits named {name!r}.\n'
+          "Name each, as in 'val=validation, minival=train[99%:]'.")
+    named[name] = split
+  return named
 
 
 def _builder(path, data_dir):

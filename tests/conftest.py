@@ -28,7 +28,12 @@ def _own_cache_folder(tmp_path_factory):
 @pytest.fixture(scope='session')
 def cache(tmp_path_factory):
   """A compilation cache for the session: equal programs compile once."""
-  return tmp_path_factory.mktemp('xla')
+  base = tmp_path_factory.getbasetemp()
+  if 'PYTEST_XDIST_WORKER' in os.environ:  # one for all workers
+    base = base.parent
+  folder = base / 'xla'
+  folder.mkdir(exist_ok=True)
+  return folder
 
 
 @pytest.fixture(scope='session')

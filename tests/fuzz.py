@@ -20,7 +20,6 @@ import types
 from unittest import mock
 
 import jax
-from ml_collections import ConfigDict
 import numpy as np
 from PIL import Image
 
@@ -28,6 +27,7 @@ import input_pipeline
 from input_pipeline import folder
 from tests import runs
 from vit_jax import config as config_lib
+from vit_jax import recipes
 from vit_jax import sharding
 from vit_jax import train
 
@@ -210,9 +210,11 @@ def config(rng, workdir):
 
 
 def section(source, path, channels=3):
-  return ConfigDict(dict(
-      source=source, path=path, classes='', holdout=0.3, channels=channels,
-      epoch='exact', pp='decode|resize(8)', eval_pp='decode|resize(8)'))
+  config = recipes.base().input
+  config.update(dict(
+      source=source, path=path, holdout=0.3, channels=channels,
+      pp='decode|resize(8)', eval_pp='decode|resize(8)'))
+  return config
 
 
 def images(rng, count=12):

@@ -102,7 +102,7 @@ def check(source, kills, seed, folder, cache):
   for workdir in (whole, os.path.join(folder, 'timed')):  # the second is warm
     begin = time.time()
     done = runs.launch(workdir, *flags, cache=cache, timeout=600)
-    assert done.returncode == 0, done.stderr
+    finished(done.returncode, done.stderr)
   duration = time.time() - begin
   times = [row['time'] for row in metric_writer.read(workdir)]
   behind_compile = times[-1] - times[0]
@@ -124,13 +124,17 @@ def check(source, kills, seed, folder, cache):
         process.wait()
         phases[phase(read(log))] += 1
       else:  # it got to its end, and no kill counts: from the start
-        assert process.returncode == 0, read(log)
+        finished(process.returncode, read(log))
         compare(broken, whole)
         shutil.rmtree(broken)
   done = runs.launch(broken, *flags, cache=cache, timeout=600)
-  assert done.returncode == 0, done.stderr
+  finished(done.returncode, done.stderr)
   compare(broken, whole)
   return phases
+
+
+def finished(code, log):
+  assert code == 0, f'exit code {code}: {log}'
 
 
 def compare(broken, whole):

@@ -87,7 +87,7 @@ def command(workdir, *flags, cache, args=''):
 def environment(**changes):
   """An environment with one CPU device, whatever this process has."""
   env = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
-  return {**env, 'JAX_PLATFORMS': 'cpu', **changes}
+  return {**env, 'JAX_PLATFORMS': 'cpu', 'PYTHONFAULTHANDLER': '1', **changes}
 
 
 def launch(workdir, *flags, cache, args='', timeout=180):

@@ -24,6 +24,27 @@ TOKEN = {
     'L/32': (306_535_400, 306_632_680, 327_899_475),
     'H/14': (632_045_800, 632_651_240, 658_745_683),
 }
+HYBRIDS = {
+    'R+Ti/16': (6_337_704, 6_355_944, 10_360_403),
+    'R26+S/32': (36_431_912, 36_468_392, 44_456_467),
+    'R26+B/32': (101_383_976, 101_456_936, 117_412_243),
+    'R50+L/32': (328_994_856, 329_092_136, 350_358_931),
+    'R50+B/16': (98_659_112, 98_950_952, 114_687_379),
+}
+# Attention pooling, C=1000.  big_vision
+MAP = {
+    'mu/14': 85_480,
+    'Ti/14': 6_138_664,
+    'S/14': 23_777_896,
+    'M/14': 41_927_144,
+    'B/14': 93_561_064,
+    'L/14': 316_796_904,
+    'So400m/14': 428_833_704,
+    'H/14': 651_719_400,
+    'g/14': 1_037_857_384,
+    'G/14': 1_882_797_416,
+    'e/14': 3_875_135_720,
+}
 # Mean over tokens, C=1000.  big_vision models/vit.py; S/32 and B/32 released
 GAP = {
     'mu/16': 76_648,
@@ -42,9 +63,9 @@ GAP = {
 }
 
 
-def _params(image_size=224, **kw):
+def _params(image_size=224, stem='patchify', **kw):
   # scan: the same parameters, and one block to trace in place of 56.
-  model = vit.create(stem='patchify', scan=True, **kw)
+  model = vit.create(stem=stem, scan=True, **kw)
   images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
   variables = jax.eval_shape(
       lambda key, x: model.init(key, x, train=False),
@@ -60,16 +81,30 @@ def test_parameters_with_a_class_token(size):
       _params(size=size, num_classes=21843))
 
 
+@pytest.mark.parametrize('size', HYBRIDS)
+def test_parameters_of_hybrids(size):
+  assert HYBRIDS[size] == tuple(
+      _params(image_size, 'resnet', size=size, num_classes=num_classes)
+      for image_size, num_classes in ((224, 1000), (384, 1000), (224, 21843)))
+
+
+@pytest.mark.parametrize('size', MAP)
+def test_parameters_with_attention_pooling(size):
+  assert _params(size=size, num_classes=1000, pool='map') == MAP[size]
+
+
 @pytest.mark.parametrize('size', GAP)
 def test_parameters_with_mean_pooling(size):
   assert _params(size=size, num_classes=1000, pool='gap') == GAP[size]
 
 
-def test_parameters_with_sincos2d():
-  """big_vision's S/16 baseline without its hidden layer in the head."""
+@pytest.mark.parametrize('pre_logits, count', [
+    (False, 21_974_632), (True, 22_122_472)])
+def test_parameters_of_big_visions_baseline(pre_logits, count):
+  """S/16 without and with the hidden layer in its head."""
   assert _params(
-      size='S/16', num_classes=1000, pool='gap',
-      pos_embedding='sincos2d') == 21_974_632
+      size='S/16', num_classes=1000, pool='gap', pos_embedding='sincos2d',
+      pre_logits=pre_logits) == count
 
 
 # What fields do: all on micro, at 32 pixels.
@@ -149,7 +184,8 @@ def test_a_conv_stem_takes_the_place_of_one_block():
 def test_pools_and_position_embeddings(stem):
   logits = {}
   for pool, pos_embedding in (
-      ('token', 'learned'), ('gap', 'learned'), ('token', 'sincos2d')):
+      ('token', 'learned'), ('gap', 'learned'), ('map', 'learned'),
+      ('token', 'sincos2d')):
     model = _create(stem, pool=pool, pos_embedding=pos_embedding)
     variables = _variables(model)
     assert ('cls' in variables['params']) == (pool == 'token')
@@ -171,6 +207,20 @@ def test_sincos2d_tells_rows_from_columns():
   np.testing.assert_allclose(table[0, 2, 0], np.sin(2.0), rtol=1e-6)
   np.testing.assert_allclose(table[2, 0, 48], np.cos(2.0), rtol=1e-6)
   assert len(np.unique(table.reshape(15, 64).round(4), axis=0)) == 15
+
+
+def test_pre_logits_are_a_tanh_before_the_head():
+  model = _create(pre_logits=True)
+  variables = _variables(model)
+  params = dict(variables['params'])
+  kernel = params['pre_logits']['kernel']
+  assert kernel.shape == (64, 64)
+  # A large bias makes all hidden units 1, whatever the image.
+  params['pre_logits'] = {'kernel': kernel, 'bias': jnp.full(64, 1e3)}
+  logits = _logits(model, {'params': params})
+  expected = params['head']['kernel'].sum(axis=0) + params['head']['bias']
+  np.testing.assert_allclose(
+      logits, np.broadcast_to(expected, (4, 10)), rtol=1e-5, atol=1e-5)
 
 
 def test_gelu_matters():
@@ -434,7 +484,8 @@ def test_unknown_keyword():
 
 # Initialisation. Numbers follow from the rows of initializers.py with D = 64,
 # M = 192; 'paper' and 'pycls_2022' are pycls' init_weights_vit of 2021 and of
-# March 2022, 'big_vision' is its models/vit.py.
+# March 2022, 'big_vision' is its models/vit.py, from which AugReg's own code,
+# vision_transformer's models_vit.py, differs in the position embedding only.
 
 INIT = {
     # path: {init: (law, bound or std)}
@@ -470,7 +521,12 @@ INIT = {
 }
 
 
-@pytest.mark.parametrize('init', ['paper', 'pycls_2022', 'big_vision'])
+for _laws in INIT.values():
+  _laws['vision_transformer'] = _laws['big_vision']
+INIT['pos_embedding']['vision_transformer'] = ('normal', 0.02)
+
+
+@pytest.mark.parametrize('init', INIT['cls'])
 def test_initial_values(init):
   model = _create('conv', init=init)
 

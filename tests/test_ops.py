@@ -7,6 +7,8 @@ import pytest
 
 from input_pipeline import ops
 from input_pipeline import ops_numpy
+from input_pipeline import pipeline
+from input_pipeline import sources
 from tests import runs
 
 
@@ -36,7 +38,7 @@ def test_parse():
 @pytest.mark.parametrize('text, match', [
     ('decode|resise(3)', "Did you mean 'resize'"),
     ('nothing_like_it', 'There is: decode, resize'),
-    ('resize', r'resize\(height_size, width_size\)'),
+    ('resize', r"resize\(height_size, width_size, method='bilinear'\)"),
     ('inception_crop(1, 2, 3, 4)', r'inception_crop\(size, area_min=5'),
     ('central_crop(2.5)', 'central_crop: size=2.5 must be an integer'),
     ('central_crop(True)', 'must be an integer'),
@@ -52,6 +54,11 @@ def test_parse():
     ('resize(*[3])', 'literals'),
     ('"a\\nb"', 'not an op'),
     ('resize(3, depth=3)', 'depth'),
+    ("resize(3, method='cubic')", 'is none of bilinear, area, bilinear_anti'),
+    ('resize(3, method=1)', 'method=1 is none of'),
+    ('decode(dct_scale=2)', 'dct_scale=2 is none of False, True'),
+    ('random_resized_crop(8, .08, 1.5, 1)', 'method=1'),
+    ('random_resized_crop(8, 0)', 'percentages'),
     ('decode + flip_lr', 'not an op'),
     ('(' * 5000, 'cannot be parsed'),
     ('-' * 5000 + 'a', 'cannot be parsed'),
@@ -130,14 +137,114 @@ def test_inception_crop_follows_the_law_of_tensorflow():
     return tf.concat([begin[:2], size[:2]], 0)
   theirs = np.stack(list(
       tf.data.Dataset.range(n).map(box).as_numpy_iterator()))
-  for column in range(4):  # two-sample Kolmogorov-Smirnov, p = 0.001
-    a, b = np.sort(ours[:, column]), np.sort(theirs[:, column])
-    grid = np.arange(max(height, width) + 1)
-    gap = np.abs(np.searchsorted(a, grid, 'right')
-                 - np.searchsorted(b, grid, 'right')).max() / n
-    assert gap < 1.95 * np.sqrt(2 / n), column
+  for column in range(4):
+    assert _same_law(ours[:, column], theirs[:, column]), column
   area = np.prod(ours[:, 2:], axis=1) / (height * width)
   assert area.min() >= .05 and area.max() <= 1
+
+
+def _same_law(a, b):
+  """Two-sample Kolmogorov-Smirnov test, at p = 0.001."""
+  grid = np.union1d(a, b)
+  ours, theirs = (np.searchsorted(np.sort(x), grid, 'right') / len(x)
+                  for x in (a, b))
+  return np.abs(ours - theirs).max() < 1.95 * np.sqrt(
+      1 / len(a) + 1 / len(b))
+
+
+def _torchvision_box(height, width, scale, rng):
+  """The law in the documentation of torchvision's RandomResizedCrop."""
+  for _ in range(10):
+    area = height * width * rng.uniform(*scale)
+    aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+    w, h = round((area * aspect) ** .5), round((area / aspect) ** .5)
+    if 0 < w <= width and 0 < h <= height:
+      return (rng.integers(0, height - h, endpoint=True),
+              rng.integers(0, width - w, endpoint=True), h, w)
+  if width / height < 3 / 4:
+    w, h = width, round(width / (3 / 4))
+  elif width / height > 4 / 3:
+    w, h = round(height * (4 / 3)), height
+  else:
+    w, h = width, height
+  return (height - h) // 2, (width - w) // 2, h, w
+
+
+@pytest.mark.parametrize('height, width, line, scale', [
+    (375, 500, 'random_resized_crop(8)', (.08, 1)),
+    (500, 333, 'random_resized_crop(8, 50)', (.5, 1)),
+    (60, 400, 'random_resized_crop(8, 20, 80)', (.2, .8)),  # mostly falls back
+])
+def test_random_resized_crop_follows_the_law_of_torchvision(
+    height, width, line, scale):
+  n, rng = 4000, np.random.default_rng(0)
+  crop = ops.parse(line)
+  ours = np.array([ops.views(crop, height, width, d)[0][:4]
+                   for d in ops.draw(crop, 0, 0, np.arange(n))])
+  theirs = np.array([_torchvision_box(height, width, scale, rng)
+                     for _ in range(n)])
+  for of in (lambda b: b[:, 0], lambda b: b[:, 1],
+             lambda b: b[:, 2] * b[:, 3], lambda b: np.log(b[:, 3] / b[:, 2]),
+             lambda b: b[:, 0] / np.maximum(height - b[:, 2], 1),
+             lambda b: b[:, 1] / np.maximum(width - b[:, 3], 1)):
+    assert _same_law(of(ours), of(theirs))
+  # The law of Inception's crop is another one.
+  inception = ops.parse('inception_crop(8, 8, 100)')
+  other = np.array([ops.views(inception, height, width, d)[0][:4]
+                    for d in ops.draw(inception, 0, 0, np.arange(n))])
+  assert not _same_law(other[:, 2] * other[:, 3], theirs[:, 2] * theirs[:, 3])
+
+
+def test_random_resized_crop_falls_back_to_the_centre():
+  crop = ops.parse('random_resized_crop(8, 100, 100)')
+  for height, width, box in ((10, 1000, (0, 493, 10, 13)),
+                             (1000, 30, (480, 0, 40, 30)),
+                             (30, 30, (0, 0, 30, 30))):
+    view, = ops.views(crop, height, width, np.zeros(crop[0].draws))
+    assert view[:6] == (*box, 8, 8)
+
+
+def _both(content, parsed, draws, channels):
+  """uint8 [h, w, channels] of an image file by the numpy and by the TF ops."""
+  import tensorflow as tf
+
+  from input_pipeline import ops_tf
+  source = sources.Encoded([content], [0], ('a', 'b'), 'one')
+  ours, _ = pipeline.decode_example(source, parsed, draws, channels, 0)
+  file = ops_tf.look(content)
+  views = ops.views(parsed, file.height, file.width, draws, file.is_jpeg)
+  prepared = ops_tf.prepare(content, file, views[0].scale)
+  return ours, ops_tf.load(
+      prepared, tf.constant(file.kind), tf.constant(file.margin),
+      np.array(views, np.int32), parsed, channels).numpy()
+
+
+@pytest.mark.parametrize('method', ops.METHODS)
+def test_resizes_equal_the_libraries(method):
+  """On sizes of 100 to 1000; TF's rules to one level, Pillow's exactly."""
+  tf = pytest.importorskip('tensorflow')
+  from input_pipeline import ops_tf
+  rng = np.random.default_rng(1)
+  for _ in range(6):
+    height, width, *size = map(int, rng.integers(100, 1001, 4))
+    image = _image(height, width)
+    if rng.random() < .5:  # the sharpest edges there are
+      image = np.where(image > 128, 255, 0).astype(np.uint8)
+    ours = ops_numpy.RESIZES[method](image, *size)
+    theirs = ops_tf._resize(tf.constant(image), size, method).numpy()
+    if method.endswith('_antialias'):
+      exact = np.asarray(Image.fromarray(image).resize(
+          size[::-1], getattr(Image.Resampling, method.split('_')[0].upper())))
+      np.testing.assert_array_equal(ours, exact)
+      np.testing.assert_array_equal(theirs, exact)
+    else:
+      exact = tf.cast(tf.clip_by_value(
+          tf.image.resize(image, size, method=method), 0, 255), 'uint8').numpy()
+      for found in (ours, theirs):
+        difference = np.abs(found.astype(int) - exact)
+        # Where area averages equal pixels, TF's sums may end below them.
+        assert difference.max() <= 1
+        assert method == 'area' or difference.mean() < .05
 
 
 @pytest.mark.parametrize('kind, image, channels', [
@@ -156,10 +263,12 @@ def test_inception_crop_follows_the_law_of_tensorflow():
     ('decode|central_crop(32)|pad_crop(32, 4)|flip_lr', 0, 0),
     ('decode|resize_small(40)|central_crop(32)', .25, 1),
     ('decode|resize(90, 24)', .25, 1),
+    ("decode|random_resized_crop(32, method='bicubic_antialias')", 0, 0),
+    ("decode(dct_scale=True)|resize(9, method='bilinear_antialias')", 0, 0),
+    ('decode(dct_scale=True)|inception_crop(7)', .25, 1),
 ])
 def test_both_drivers_agree(kind, image, channels, line, mean, most):
-  tf = pytest.importorskip('tensorflow')
-  from input_pipeline import ops_tf
+  pytest.importorskip('tensorflow')
   if kind == 'JPEG' and image.shape[-1] == 4:
     file = io.BytesIO()
     Image.fromarray(image, 'CMYK').save(file, kind)
@@ -167,15 +276,8 @@ def test_both_drivers_agree(kind, image, channels, line, mean, most):
   else:
     content = _file(image, kind)
   parsed = ops.parse(line)
-  header = ops_numpy.open_image(content)
-  width, height = header.size
   for draws in ops.draw(parsed, 0, 0, np.arange(2)):
-    views = ops.views(parsed, height, width, draws)
-    ours = ops_numpy.apply(ops_numpy.decode(content, channels), parsed, views)
-    branch, prepared = ops_tf.prepare(content, header)
-    theirs = ops_tf.load(
-        prepared, tf.constant(branch), [height, width],
-        np.array(views, np.int32), parsed, channels).numpy()
+    ours, theirs = _both(content, parsed, draws, channels)
     assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
     difference = np.abs(ours.astype(int) - theirs)
     assert difference.mean() <= mean and difference.max() <= most

@@ -10,6 +10,7 @@ SIZES = [1, 2, 3, 7, 8, 9, 10, 63, 64, 65, 255, 256, 257, 258, 1297, 1797,
 
 GOLDEN_10 = [6, 1, 0, 4, 3, 5, 2, 7, 8, 9]
 GOLDEN_I1K = [645352, 162286, 680828]
+GOLDEN_BATCH = [742, 117, 679, 75]
 GOLDEN_UNIFORM = [[0.8821339209574005, 0.7018823727082099],
                   [0.21975805482657151, 0.29691897294107994]]
 
@@ -87,8 +88,49 @@ def test_process_count_does_not_matter(epoch):
     np.testing.assert_array_equal(whole, np.concatenate(parts, axis=1))
 
 
+@pytest.mark.parametrize('repeats', [2, 3, 7])
+@pytest.mark.parametrize('n', [1, 10, 37])
+def test_repeats(n, repeats):
+  """Position p takes the example at p // repeats, with draws of its own."""
+  kwargs = dict(num_examples=n, global_batch_size=6, repeats=repeats)
+  steps = range(-(-3 * n // 6))
+  epoch, index, repeat = np.concatenate(
+      [order.batch_examples(5, s, **kwargs) for s in steps], axis=1)[:, :3 * n]
+  assert epoch.tolist() == np.repeat([0, 1, 2], n).tolist()
+  position = np.tile(np.arange(n), 3)
+  np.testing.assert_array_equal(
+      index, order.permuted(5, epoch, position // repeats, n))
+  np.testing.assert_array_equal(repeat, position % repeats)
+  for e in range(3):
+    seen, counts = np.unique(index[epoch == e], return_counts=True)
+    assert len(seen) == -(-n // repeats) and counts.max() <= repeats
+  draws = order.uniform(5, epoch, index, 1, 2, repeat)
+  assert len(np.unique(draws, axis=0)) == 3 * n
+  np.testing.assert_array_equal(  # a first visit is what it is without repeats
+      draws[repeat == 0], order.uniform(5, epoch, index, 1, 2)[repeat == 0])
+  for s in steps:
+    np.testing.assert_array_equal(
+        order.batch_examples(5, s, **kwargs),
+        np.concatenate([order.batch_examples(
+            5, s, process_index=i, process_count=3, **kwargs)
+            for i in range(3)], axis=1))
+
+
+def test_no_repeats_change_nothing():
+  epoch, index, repeat = order.batch_examples(
+      42, 7, num_examples=1000, global_batch_size=4)
+  assert (epoch.tolist(), index.tolist()) == ([0] * 4, GOLDEN_BATCH)
+  assert not repeat.any()
+
+
+@pytest.mark.parametrize('repeats', [0, -1, 1.5, True, 2**16, '3'])
+def test_repeats_are_checked(repeats):
+  with runs.refused(r'input\.repeats'):
+    order.check_repeats(repeats)
+
+
 def test_exact_epochs_straddle_batches():
-  epoch, index = np.concatenate([
+  epoch, index, _ = np.concatenate([
       order.batch_examples(0, s, num_examples=10, global_batch_size=4)
       for s in range(5)], axis=1)
   assert epoch.tolist() == [0] * 10 + [1] * 10

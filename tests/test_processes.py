@@ -74,10 +74,12 @@ def test_two_processes_are_one(alone, cache, tmp_path):
         ours[path], theirs[path], rtol=1e-3, atol=2e-5, err_msg=path)
   # Each says who it is, and one says the rest.
   for i, text in enumerate(runs.log(pair, i) for i in (0, 1)):
-    lines = [x for x in text.splitlines() if not x.startswith('[Gloo]')]
+    # Gloo's lines, and XLA's about a slow compilation (E1121 11:00:00 ...).
+    lines = [x for x in text.splitlines()
+             if not re.match(r'\[Gloo\]|[EWI]\d{4} |\s*$|\*{3}|.*slow', x)]
     assert re.match(rf'process {i} of 2: host \S+, pid {started[i].pid}, 2 of '
                     '4 x cpu', lines[0])
-    assert len(lines) > 10 if i == 0 else lines[1:] == []
+    assert len(lines) > 10 if i == 0 else lines[1:] == [], text
   with open(pair / 'launches.jsonl') as f:
     assert [json.loads(line)['process_count'] for line in f] == [2]
   for name in ('curves.png', 'per_class.json', 'config.json', 'classes.json'):
@@ -193,7 +195,7 @@ def _sources(tmp_path):
   """Configs of every random-access source, 13 examples to train on or more."""
   base = dict(sources.TFDS_ONLY, path='', eval_pp='decode|resize(8)',
               epoch='exact', channels=3, holdout=.2, classes='',
-              max_bad_fraction=.001)
+              repeats=1, max_bad_fraction=.001)
   for name in 'ab':
     os.makedirs(tmp_path / 'photos' / name)
     for i in range(8):
@@ -210,14 +212,15 @@ def _sources(tmp_path):
       dict(base, source='folder', path=str(tmp_path / 'photos'), pp=pp)]
 
 
+@pytest.mark.parametrize('repeats', [1, 3])
 @pytest.mark.parametrize('kind', range(3), ids=['digits', 'arrays', 'folder'])
-def test_the_data_do_not_depend_on_processes(kind, tmp_path):
+def test_the_data_do_not_depend_on_processes(kind, repeats, tmp_path):
   data = input_pipeline.open_data(_sources(tmp_path)[kind], 3)
 
   def batches(processes):
     streams = [input_pipeline.train_batches(
-        data, global_batch_size=8, data_seed=3, process_index=i,
-        process_count=processes) for i in range(processes)]
+        data, global_batch_size=8, data_seed=3, repeats=repeats,
+        process_index=i, process_count=processes) for i in range(processes)]
     for _ in range(4):  # epochs of 12 to 13 end within; digits' do not
       parts = [next(s) for s in streams]
       yield {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}

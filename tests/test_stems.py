@@ -8,6 +8,8 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
+from tests import runs
+from vit_jax.models import resnet
 from vit_jax.models import stems
 from vit_jax.models import variants
 
@@ -42,6 +44,10 @@ def _shapes(size, stem, image_size, channels=3):
     ('B/8', 'conv', 224, (2, 28, 28, 768)),
     ('B/16', 'conv', 384, (2, 24, 24, 768)),
     ('H/14', 'patchify', 224, (2, 16, 16, 1280)),
+    ('R+Ti/16', 'resnet', 224, (2, 7, 7, 192)),
+    ('R26+S/32', 'resnet', 224, (2, 7, 7, 384)),
+    ('R50+B/16', 'resnet', 224, (2, 14, 14, 768)),
+    ('R50+B/16', 'resnet', 384, (2, 24, 24, 768)),
 ])
 def test_output_shape(size, stem, image_size, shape):
   assert _shapes(size, stem, image_size)[0] == shape
@@ -72,7 +78,10 @@ def test_one_channel():
 @pytest.mark.parametrize('stem', ['conv', 'conv_ln'])
 @pytest.mark.parametrize('size', variants.SIZES)
 def test_every_size_has_a_conv_stem_or_says_why(size, stem):
-  if size.endswith('/14'):
+  if size in variants.HYBRIDS:
+    with runs.refused('behind a ResNet'):
+      stems.create(size=size, stem=stem)
+  elif size.endswith('/14'):
     with pytest.raises(ValueError, match='power of two, never to the patch 14'):
       stems.create(size=size, stem=stem)
   else:
@@ -85,6 +94,24 @@ def test_conv_stems_at_other_patches():
   assert variants.conv_stem('S/8', 'conv').widths == (48, 96, 192)
   assert variants.conv_stem('B/32', 'conv').strides == (2, 2, 1, 2, 1, 2, 2)
   assert variants.conv_stem('B/8', 'conv').strides == (2, 2, 1, 2, 1)
+
+
+@pytest.mark.parametrize('size', variants.SIZES)
+def test_a_resnet_stem_is_that_of_a_hybrid(size):
+  if size in variants.HYBRIDS:
+    assert stems.create(size=size, stem='resnet').patch in (16, 32)
+  else:
+    with runs.refused("There is: R.Ti/16"):
+      stems.create(size=size, stem='resnet')
+
+
+def test_standardised_kernels():
+  kernel = np.random.default_rng(0).normal(3.0, 2.0, (3, 3, 8, 4))
+  plain = np.asarray(resnet.standardize(jnp.asarray(kernel, jnp.float32)))
+  np.testing.assert_allclose(plain.mean((0, 1, 2)), 0.0, atol=1e-6)
+  np.testing.assert_allclose(plain.std((0, 1, 2)), 1.0, rtol=1e-4)
+  # Without the epsilon a constant kernel would be NaN.
+  assert (resnet.standardize(jnp.ones((1, 1, 8, 4))) == 0).all()
 
 
 def test_s4_at_micro_lists_what_there_is():

@@ -26,7 +26,8 @@ CLASSES = ('a', 'b', 'c')
 INPUT = {**sources.TFDS_ONLY, 'source': 'tfds', 'path': 'mini:1.0.0',
          'pp': 'decode|inception_crop(8)|flip_lr',
          'eval_pp': 'decode|resize(8)', 'epoch': 'exact', 'channels': 3,
-         'holdout': .1, 'classes': '', 'max_bad_fraction': .05}
+         'holdout': .1, 'classes': '', 'max_bad_fraction': .05,
+         'repeats': 1}
 
 
 def examples(n, seed):
@@ -114,6 +115,11 @@ def test_both_formats_give_the_same_batches(prepared):
   for d in data.values():
     for a, b in zip(whole[0][5:], take(d, 4, start=5), strict=True):
       equal(a, b)
+    for count in (2, 4):
+      parts = zip(*(take(d, 9, process_index=i, process_count=count)
+                    for i in range(count)), strict=True)
+      for a, b in zip(whole[0], parts, strict=True):
+        equal(a, {k: np.concatenate([p[k] for p in b]) for k in a})
 
 
 def test_order_and_images_are_those_of_a_folder(prepared, tmp_path):
@@ -138,6 +144,15 @@ def test_splits_by_slices(prepared):
   assert data.train.num_examples == 40
   assert data.evals['val'].num_examples == 10
   assert data.evals['val'].describe(0).endswith('00002 record 12')
+
+
+def test_several_evaluation_splits(prepared):
+  data = open_data(prepared['array_record'], train_split='train[:80%]',
+                   eval_split='val=validation, minival=train[80%:]')
+  assert {k: s.num_examples for k, s in data.evals.items()} == {
+      'val': N_EVAL, 'minival': 10}
+  with runs.refused("two splits named 'val'"):
+    open_data(prepared['array_record'], eval_split='validation,train[80%:]')
 
 
 def test_overlap_of_splits_is_logged(prepared, caplog):

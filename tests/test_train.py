@@ -143,7 +143,7 @@ def test_weights_of_another_run(finished, cache, tmp_path):
   workdir, _ = finished
   c = runs.short(cache, steps=10, optimizer__lr=0.0,
             eval__every_steps=5)
-  c.init_from = dict(run=workdir, weights='raw', paths=('stem/.*', 'head/.*'),
+  c.init_from.update(run=workdir, weights='raw', paths=('stem/.*', 'head/.*'),
                      reset=('head/bias',))
   c.frozen = ('stem/.*',)
   c.precise_bn.examples = 64  # which a frozen BatchNorm has no use for

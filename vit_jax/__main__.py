@@ -14,6 +14,7 @@ COMMANDS = {
     'bench': ('vit_jax.commands.bench', 'times parts of the program'),
     'soak': ('vit_jax.commands.soak', 'memory of the input pipeline over time'),
     'doctor': ('vit_jax.commands.doctor', 'versions, devices, mismatches'),
+    'zoo': ('vit_jax.commands.zoo', 'released checkpoints: list, download'),
     'results': ('vit_jax.commands.results', 'final metrics of runs, by config'),
 }
 

@@ -30,11 +30,12 @@ def check_model(model, data, batch_size):
 
   Warns of pixels that no patch covers.
   """
-  _, cropped = vit.token_grid(model.stem.patch, data.image_shape[:2])
-  if any(cropped):
-    say(f'warning: {cropped[0]} rows and {cropped[1]} columns of pixels do not '
-        f'fill a patch of {model.stem.patch} and are cropped')
-  stem = model.stem
-  if (stem.norm, stem.batch_norm) == ('bn', 'train'):
+  if patch := getattr(model, 'patch', 0):
+    _, cropped = vit.token_grid(patch, data.image_shape[:2])
+    if any(cropped):
+      say(f'warning: {cropped[0]} rows and {cropped[1]} columns of pixels do '
+          f'not fill a patch of {patch} and are cropped')
+  stem = getattr(model, 'stem', None)
+  if stem and (stem.norm, stem.batch_norm) == ('bn', 'train'):
     batch_norm.check_group(
         stem.batch_norm_group, 'global_batch_size', batch_size)

@@ -18,6 +18,17 @@ def pick(table, name, kind):
   raise ValueError(unknown(name, table, kind))
 
 
+def check(asked):
+  """Raises ValueError for a name that is not in its table.
+
+  Args:
+    asked: {what: (name, names)}.
+  """
+  for what, (name, known) in asked.items():
+    if name not in known:
+      raise ValueError(unknown(name, known, what))
+
+
 def unknown(name, known, kind):
   """Returns the two-line message for a name that is not among `known`."""
   known = [str(k) for k in known]

@@ -53,6 +53,7 @@ from vit_jax import durations
 from vit_jax import ema
 from vit_jax import evaluators
 from vit_jax import metric_writer
+from vit_jax import models
 from vit_jax import optimizer
 from vit_jax import pace
 from vit_jax import param_paths
@@ -66,7 +67,6 @@ from vit_jax import train_state
 from vit_jax import train_step
 from vit_jax import wandb_logger
 from vit_jax import workdir as workdir_lib
-from vit_jax.models import vit
 
 BAD_INPUT, NOT_FINITE, NOT_SAVED, STOPPED = 2, 3, 4, 75
 
@@ -118,7 +118,7 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
 
   # The model, and the rule by which it learns.
   frozen = tuple(config.frozen)
-  model = vit.create(
+  model = models.create(
       num_classes=len(data.class_names), **train_state.model_fields(
           config.model, frozen))
   checks.check_model(model, data, batch_size)
@@ -140,8 +140,8 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
   train_batches = augment.on_host(functools.partial(
       input_pipeline.train_batches, data, global_batch_size=batch_size,
       data_seed=data_seed, epoch=config.input.epoch,
-      process_index=jax.process_index(), process_count=jax.process_count()),
-      hypers['key'])
+      repeats=config.input.repeats, process_index=jax.process_index(),
+      process_count=jax.process_count()), hypers['key'])
   estimate = precise_bn.create(
       config.precise_bn, model, variables, augment, train_batches, batch_size,
       mesh, hypers['key'])
@@ -153,7 +153,8 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
 
   # Its state: the first match of the list in checkpoint.py.
   checkpoint.check_disk(workdir, abstract_state)
-  given = checkpoint.init_from(config.init_from, variables)
+  given = checkpoint.init_from(
+      config.init_from, variables, models.grid(model, data.image_shape))
   manager = checkpoint.Manager(
       workdir, config.checkpoint.keep_last, config.checkpoint.keep_best)
   prefetch = ranges.check('prefetch', config.prefetch, 1)
@@ -168,7 +169,8 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
   writer = metric_writer.MetricWriter(workdir, start, total_steps, logger)
   say(f'{devices.summary()}\n{workdir}: {param_paths.size(trained):,} trained '
       f'parameters, {units.describe(total_steps)}, starting after {start}\n'
-      f'{optimizer.describe(config.optimizer)}')
+      f'{optimizer.describe(config.optimizer)}\n'
+      f'augment: {config.augment or "none"}')
 
   step_fn = compile_step(
       train_step.make(loss_fn, augment, make_tx, schedule, ema_alpha),

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax import choices
+from vit_jax import models
 from vit_jax import param_paths
 from vit_jax import sharding
 from vit_jax.models import stems
-from vit_jax.models import vit
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -67,7 +67,7 @@ def create(variables, make_tx, frozen, with_ema):
 
 
 def model_fields(config, frozen):
-  """What `vit.create` takes, from a config section.
+  """What `models.create` takes, from a config section.
 
   dtype 'auto' is bfloat16 on accelerators and float32 on CPU, where bfloat16
   is slower. BatchNorm whose parameters are frozen keeps its statistics too.
@@ -77,19 +77,45 @@ def model_fields(config, frozen):
     frozen: regexes of the parameters that are not trained.
 
   Raises:
-    ValueError: an unknown key, size or stem, or `frozen` has some of
-      BatchNorm's parameters and not the others.
+    ValueError: an unknown key, size or stem, a key that this kind of model
+      does not take, or `frozen` has some of BatchNorm's parameters and not the
+      others.
   """
-  known = set(inspect.signature(vit.create).parameters) - {'num_classes'}
-  for key in sorted(set(config) - known):
-    raise ValueError(choices.unknown(key, sorted(known), 'key of model'))
+  size = config['size']
+  known = _check_fields(size, config)
   fields = {key: config[key] for key in config}
   if fields['dtype'] == 'auto':
     on_cpu = jax.default_backend() == 'cpu'
     fields['dtype'] = 'float32' if on_cpu else 'bfloat16'
-  if frozen and _is_batch_norm_frozen(config['size'], config['stem'], frozen):
+  if (frozen and 'stem' in known
+      and _is_batch_norm_frozen(size, config['stem'], frozen)):
     fields['batch_norm'] = 'frozen'
   return fields
+
+
+def _check_fields(size, config):
+  """Raises ValueError unless a section has what a size's family takes.
+
+  Returns:
+    The names of all that it takes.
+  """
+  takes = {name: inspect.signature(module.create).parameters
+           for name, (module, _) in models.FAMILIES.items()}
+  family = models.family(size)
+  known = set(takes[family]) - {'num_classes'}
+  needed = {key for key in known if takes[family][key].default is
+            inspect.Parameter.empty}
+  remedy = ('Start it from recipes.base().' if family == 'vit' else
+            f'Let the config say c.model = recipes.{family}({size!r}).')
+  for key in sorted(set(config) - known):
+    if any(key in other for other in takes.values()):
+      raise ValueError(
+          f'A model of size {size!r} takes no model.{key}.\n{remedy}')
+    raise ValueError(choices.unknown(key, sorted(known), 'key of model'))
+  for key in sorted(needed - set(config)):
+    raise ValueError(
+        f'A model of size {size!r} needs a model.{key}.\n{remedy}')
+  return known
 
 
 def _is_batch_norm_frozen(size, stem, frozen):

@@ -18,6 +18,7 @@ from absl import flags
 from vit_jax import complexity
 from vit_jax import config as config_lib
 from vit_jax import durations
+from vit_jax import models
 from vit_jax import train_state
 from vit_jax.models import vit
 
@@ -50,13 +51,11 @@ def plan(config, depth=2):
   """
   num_train, num_classes, image_shape, source = _data(config)
   fields = train_state.model_fields(config.model, tuple(config.frozen))
-  model = vit.create(num_classes=num_classes, **fields)
-  (h, w), cropped = vit.token_grid(model.stem.patch, image_shape[:2])
+  model = models.create(num_classes=num_classes, **fields)
   cost = complexity.of(model, image_shape[0], image_shape[2])
   units = durations.Units.of(
       num_train, config.global_batch_size, config.input.epoch)
   steps = durations.to_steps(config, 'total', units)
-  tokens = h * w + (config.model.pool == 'token')
   lines = [
       '# Config', *(f'{k} = {v!r}' for k, v in sorted(
           config_lib.flatten(config.to_dict()).items())), '',
@@ -67,17 +66,27 @@ def plan(config, depth=2):
       f'multiply-adds {cost.macs:,} ({cost.macs / 1e9:.2f} G; '
       f'{cost.flops:,} with bias adds)',
       f'activations   {cost.activations:,} ({cost.activations / 1e6:.1f} M)',
-      f'tokens        {tokens} ({h} x {w} patches of {model.stem.patch}'
-      f'{" + class token" if config.model.pool == "token" else ""})',
+      *_tokens(model, image_shape),
       f'data          {num_classes:,} classes ({source})',
       f'length        {units.describe(steps)}',
       f'training      {6 * cost.macs * steps * config.global_batch_size:.3g} '
       'FLOP (2 a multiply-add; forward once, backward twice)',
   ]
+  return '\n'.join(lines)
+
+
+def _tokens(model, image_shape):
+  """Lines on the token grid, if the model has one."""
+  if not hasattr(model, 'patch'):
+    return []
+  (h, w), cropped = vit.token_grid(model.patch, image_shape[:2])
+  with_class = getattr(model, 'pool', '') == 'token'
+  lines = [f'tokens        {h * w + with_class} ({h} x {w} patches of '
+           f'{model.patch}{" + class token" if with_class else ""})']
   if any(cropped):
     lines.append(f'warning       {cropped[0]} rows and {cropped[1]} columns of '
                  'pixels do not fill a patch and are cropped')
-  return '\n'.join(lines)
+  return lines
 
 
 def _data(config):

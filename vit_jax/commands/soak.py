@@ -63,7 +63,8 @@ def soak(config, examples, say=lambda text: None):
   seed = config.seed if config.data_seed < 0 else config.data_seed
   data = input_pipeline.open_data(config.input, seed)
   batches = input_pipeline.train_batches(
-      data, global_batch_size=size, data_seed=seed, epoch=config.input.epoch)
+      data, global_batch_size=size, data_seed=seed, epoch=config.input.epoch,
+      repeats=config.input.repeats)
   begin, first = time.perf_counter(), None
   for step in range(1, steps + 1):
     next(batches)

@@ -16,6 +16,7 @@ GELUS = {
     'erf': lambda x: nn.gelu(x, approximate=False),
     'tanh': lambda x: nn.gelu(x, approximate=True),
 }
+DTYPES = ('float32', 'bfloat16')
 REMATS = {
     'none': lambda block, **_: block,
     'full': nn.remat,
@@ -28,6 +29,7 @@ REMATS = {
 def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
   """Softmax attention; all three and the result are [B, N, K, h].
 
+  There may be another number of queries, which is then that of the result.
   Logits and softmax are float32 whatever the inputs' dtype, which is that of
   the result.
   """
@@ -39,13 +41,16 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
 
 
 class Attention(nn.Module):
-  """Multi-head self-attention with biases, [B, N, D] -> [B, N, D]."""
+  """Multi-head attention with biases, [B, N, D] -> [B, N, D].
+
+  Queries are made of the same tokens, or of others if there are two arguments.
+  """
   heads: int
   init_name: str
   dtype: str
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, asking: jax.Array | None = None):
     width = x.shape[-1]
     init = initializers.INITIALIZERS[self.init_name]
     # Three layers, as they are in released checkpoints; fusing them is the
@@ -53,8 +58,10 @@ class Attention(nn.Module):
     query, key, value = (
         nn.DenseGeneral(
             (self.heads, width // self.heads), dtype=self.dtype,
-            kernel_init=init.qkv, name=name)(x)
-        for name in ('query', 'key', 'value'))  # [B, N, K, h]
+            kernel_init=init.qkv, name=name)(tokens)
+        for name, tokens in (
+            ('query', x if asking is None else asking), ('key', x),
+            ('value', x)))  # [B, N, K, h]
     return nn.DenseGeneral(
         width, axis=(-2, -1), dtype=self.dtype, kernel_init=init.out,
         name='out')(attend(query, key, value))  # [B, N, D]
@@ -165,21 +172,38 @@ class Encoder(nn.Module):
         'heads': self.heads, 'mlp': self.mlp, 'gelu': self.gelu,
         'norm_eps': self.norm_eps, 'init_name': self.init_name,
         'dropout': self.dropout, 'dtype': self.dtype}
-    drop_rates = None
-    if self.stochastic_depth:
-      drop_rates = np.linspace(
-          0.0, self.stochastic_depth, self.depth, dtype=np.float32)
-    # A scan already keeps XLA from merging the two passes.
-    block = REMATS[self.remat](
-        Block, static_argnums=(3,), prevent_cse=not self.scan)
-    if self.scan:
-      blocks = nn.scan(
-          block, length=self.depth, in_axes=(0, nn.broadcast),
-          variable_axes={'params': 0},
-          split_rngs={'params': True, 'dropout': True})
-      x, _ = blocks(**fields, name='blocks')(x, drop_rates, train)
-    else:
-      for i in range(self.depth):
-        drop_rate = None if drop_rates is None else drop_rates[i]
-        x, _ = block(**fields, name=f'block_{i:02d}')(x, drop_rate, train)
+    x = apply_blocks(
+        Block, fields, x, self.depth, self.stochastic_depth, self.scan,
+        self.remat, train)
     return nn.LayerNorm(self.norm_eps, dtype='float32', name='norm')(x)
+
+
+def apply_blocks(block, fields, x, depth, stochastic_depth, scan, remat, train):
+  """Applies `depth` blocks to x in the compact method of a module.
+
+  Args:
+    block: a module class, called with (x, drop_rate, train), that returns
+      (x, None); see `Block`.
+    fields: its fields.
+    x: [B, N, D].
+    depth, stochastic_depth, scan, remat: see `Encoder`.
+    train: whether dropout and stochastic depth are in training mode.
+
+  Returns:
+    [B, N, D].
+  """
+  drop_rates = None
+  if stochastic_depth:
+    drop_rates = np.linspace(0.0, stochastic_depth, depth, dtype=np.float32)
+  # A scan already keeps XLA from merging the two passes.
+  block = REMATS[remat](block, static_argnums=(3,), prevent_cse=not scan)
+  if scan:
+    blocks = nn.scan(
+        block, length=depth, in_axes=(0, nn.broadcast),
+        variable_axes={'params': 0},
+        split_rngs={'params': True, 'dropout': True})
+    return blocks(**fields, name='blocks')(x, drop_rates, train)[0]
+  for i in range(depth):
+    drop_rate = None if drop_rates is None else drop_rates[i]
+    x, _ = block(**fields, name=f'block_{i:02d}')(x, drop_rate, train)
+  return x

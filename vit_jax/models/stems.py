@@ -24,6 +24,7 @@ import jax
 from vit_jax import choices
 from vit_jax.models import batch_norm
 from vit_jax.models import initializers
+from vit_jax.models import resnet
 from vit_jax.models import variants
 
 BATCH_NORM = ('train', 'frozen')
@@ -133,6 +134,28 @@ class ConvStem(_Stem):
         name='projection')(x)  # [B, h, w, D]
 
 
+class ResNetStem(_Stem):
+  """A ResNet and a patchify layer on its last feature map: AugReg's hybrids.
+
+  Attributes:
+    units: units in each stage; () for the root alone. The root reduces by 4,
+      every stage but the first by 2; the patchify layer by what is left of the
+      patch, which is 1 but for R+Ti/16.
+  """
+  units: tuple[int, ...] = ()
+
+  @nn.compact
+  def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+    init = initializers.INITIALIZERS[self.init_name]
+    x = resnet.ResNet(
+        self.units, init.conv, self.dtype, name='resnet')(images)
+    patch = self.patch // (4 * 2 ** max(len(self.units) - 1, 0))
+    return nn.Conv(
+        self.width, (patch, patch), strides=patch, padding='VALID',
+        dtype=self.dtype, kernel_init=init.embedding,
+        name='embedding')(x)  # [B, h, w, D]
+
+
 _PATCHIFY_BN = functools.partial(PatchifyStem, norm='bn', activation='relu')
 _CONV_BN = functools.partial(ConvStem, norm='bn', activation='relu')
 _CONV_LN = functools.partial(ConvStem, norm='ln', activation='relu')
@@ -146,6 +169,7 @@ STEMS = {
     'S2': _CONV_BN,
     'S3': _CONV_BN,
     'S4': _CONV_BN,
+    'resnet': ResNetStem,        # the hybrids: R26+S/32, ...
 }
 _CONVOLUTIONAL = ('conv', 'conv_ln', 'S1', 'S2', 'S3', 'S4')
 
@@ -172,6 +196,9 @@ def create(*, size: str, stem: str, **fields) -> nn.Module:
     ValueError: unknown names, or a stem that the size does not have.
   """
   row = variants.size(size)
+  variants.check_stem(size, stem)
+  if stem == 'resnet':
+    fields['units'] = variants.HYBRIDS[size][1]
   if is_convolutional(stem):
     convolutions = variants.conv_stem(
         size, 'conv' if stem == 'conv_ln' else stem)

@@ -8,7 +8,9 @@ Two families of names:
   'Ti/16' .. 'e/14' "How to train your ViT?" (arXiv 2106.10270, Table 2) and
                     "Scaling Vision Transformers" (arXiv 2106.04560, Table 2),
                     written with the patch behind the slash.
-and 'micro', patch 8, for images of 32 pixels and for tests.
+  'R26+S/32', ...   the same behind a ResNet, with stem 'resnet' and no other.
+and 'micro' and 'mini', patch 8 and 4, for images of 32 pixels and for tests.
+`MIXERS` and `BITS` are the other two families.
 
 ViT_C is ViT_P with another stem and one block fewer, so that flops stay equal:
 that block is a column below. The names of stems are listed in `stems.STEMS`.
@@ -53,6 +55,7 @@ _FIXED_PATCH = {
     '36GF':  Size(16, 1024,  16,  4096,  14,  13, '18GF'),
     '72GF':  Size(16, 1152,  18,  4608,  22,  22, '18GF'),  # App. C
     'micro': Size(8,    64,   4,   192,   4,   3, 'micro'),
+    'mini':  Size(4,   128,   4,   384,   6,   5, 'mini'),
 }
 
 # The paper has no convolutional stem for these: the rows take the stem whose
@@ -74,18 +77,33 @@ _ANY_PATCH = {
 }
 PATCHES = (8, 14, 16, 32)
 
+# Units in each stage of the ResNet in front: google-research/vision_transformer
+# models_resnet.py. The number behind its R is that of the ResNet's layers, the
+# one behind the slash the pixels per token. R+Ti/16 has the root only, and
+# patches of 8x8 on it: 32 pixels per token, whatever its name.
+HYBRIDS = {
+    'R+Ti/16': ('Ti/32', ()),
+    'R26+S/32': ('S/32', (2, 2, 2, 2)),
+    'R26+B/32': ('B/32', (2, 2, 2, 2)),
+    'R50+L/32': ('L/32', (3, 4, 6, 3)),
+    'R50+B/16': ('B/16', (3, 4, 9)),
+}
+
 SIZES = _FIXED_PATCH | {
     f'{name}/{patch}': Size(patch, *row)
     for name, row in _ANY_PATCH.items() for patch in PATCHES}
+SIZES |= {name: SIZES[behind] for name, (behind, _) in HYBRIDS.items()}
 
 # 3x3 convolutions (padding 1) of the paper's stems, at patch 16. A convolution
-# either has stride 2 and doubles the channels, or stride 1 and keeps them.
+# either has stride 2 and doubles the channels, or stride 1 and keeps them. The
+# last two rows are ours.
 CONV_STEMS = {
     '1GF': ConvStem((3,) * 4, (2, 2, 2, 2), (24, 48, 96, 192)),
     '4GF': ConvStem((3,) * 4, (2, 2, 2, 2), (48, 96, 192, 384)),
     '18GF': ConvStem(
         (3,) * 6, (2, 2, 1, 2, 1, 2), (64, 128, 128, 256, 256, 512)),
     'micro': ConvStem((3,) * 3, (2, 2, 2), (16, 32, 64)),
+    'mini': ConvStem((3,) * 2, (2, 2), (64, 128)),
 }
 
 # Stems between 'conv' and 'patchify': three 3x3 convolutions, then one whose
@@ -110,9 +128,76 @@ PATCHIFYING_STEMS = {
 }
 
 
+
+class Mixer(NamedTuple):
+  """One size of MLP-Mixer (arXiv 2105.01601, Table 1).
+
+  Attributes:
+    patch: pixels per token and axis.
+    width: D.
+    depth: number of blocks.
+    channels_mlp: width of the MLP over channels, which each token has.
+    tokens_mlp: width of the MLP over tokens, which each channel has.
+  """
+  patch: int
+  width: int
+  depth: int
+  channels_mlp: int
+  tokens_mlp: int
+
+
+MIXERS = {
+    #                     patch width depth channels tokens
+    'Mixer-S/32':    Mixer(32,  512,   8,   2048,   256),
+    'Mixer-S/16':    Mixer(16,  512,   8,   2048,   256),
+    'Mixer-B/32':    Mixer(32,  768,  12,   3072,   384),
+    'Mixer-B/16':    Mixer(16,  768,  12,   3072,   384),
+    'Mixer-L/32':    Mixer(32, 1024,  24,   4096,   512),
+    'Mixer-L/16':    Mixer(16, 1024,  24,   4096,   512),
+    'Mixer-H/14':    Mixer(14, 1280,  32,   5120,   640),
+    'Mixer-micro':   Mixer(8,    64,   4,    192,    32),
+}
+
+
+class BiT(NamedTuple):
+  """One size of BiT (arXiv 1912.11370): a ResNet-v2, wider by a factor.
+
+  Attributes:
+    units: units in each stage.
+    width: channels of the root and of the first stage's 3x3 convolutions, 64
+      times the factor.
+  """
+  units: tuple[int, ...]
+  width: int
+
+
+BITS = {
+    'BiT-R50x1': BiT((3, 4, 6, 3), 64),
+    'BiT-R101x1': BiT((3, 4, 23, 3), 64),
+    'BiT-R50x3': BiT((3, 4, 6, 3), 192),
+    'BiT-R101x3': BiT((3, 4, 23, 3), 192),
+    'BiT-R152x2': BiT((3, 8, 36, 3), 128),
+    'BiT-R152x4': BiT((3, 8, 36, 3), 256),
+    'BiT-micro': BiT((1, 1), 32),
+}
+
+
 def size(name: str) -> Size:
   """Returns the row of a size; ValueError for a name not in `SIZES`."""
   return choices.pick(SIZES, name, 'size')
+
+
+def check_stem(size_name: str, stem: str) -> None:
+  """Raises ValueError unless both or neither are those of a hybrid."""
+  if (size_name in HYBRIDS) == (stem == 'resnet'):
+    return
+  if stem == 'resnet':
+    raise ValueError(
+        f'Size {size_name!r} has no stem {stem!r}.\n'
+        f'There is: {", ".join(HYBRIDS)}.')
+  raise ValueError(
+      f'Size {size_name!r} is one behind a ResNet and has no stem {stem!r}.\n'
+      f"Take the stem 'resnet', or the size {HYBRIDS[size_name][0]!r}.")
 
 
 def conv_stem(size_name: str, stem: str) -> ConvStem:

@@ -24,9 +24,8 @@ from vit_jax.models import initializers
 from vit_jax.models import stems
 from vit_jax.models import variants
 
-POOLS = ('token', 'gap')
+POOLS = ('token', 'gap', 'map')
 POS_EMBEDDINGS = ('learned', 'sincos2d')
-DTYPES = ('float32', 'bfloat16')
 
 
 class ViT(nn.Module):
@@ -40,6 +39,8 @@ class ViT(nn.Module):
                       norm_mlp, mlp/{fc1, fc2}}, encoder/block_01/..., or
     encoder/blocks/..., the same stacked on a leading axis, with scan
     encoder/norm/{scale, bias}
+    map/{probe (1, 1, D), attention, norm, mlp}, only with pool 'map'
+    pre_logits/{kernel (D, D), bias}, only with pre_logits
     head/{kernel, bias}
   The collection `batch_stats` exists where the stem has BatchNorm.
 
@@ -53,6 +54,7 @@ class ViT(nn.Module):
   mlp: int
   num_classes: int
   pool: str = 'token'
+  pre_logits: bool = False
   pos_embedding: str = 'learned'
   gelu: str = 'erf'
   norm_eps: float = 1e-6
@@ -108,13 +110,58 @@ class ViT(nn.Module):
         stochastic_depth=self.stochastic_depth, scan=self.scan,
         remat=self.remat, dtype=self.dtype, name='encoder')(x, train=train)
 
-    x = x[:, 0] if self.pool == 'token' else x.mean(axis=1)  # [B, D]
+    x = self._pool(x, train)  # [B, D]
     # float32, like the encoder's output: it costs nothing and keeps logits
     # that differ by less than a bfloat16's 8 bits apart.
+    if self.pre_logits:
+      x = nn.tanh(nn.Dense(width, name='pre_logits')(x))
     return nn.Dense(
         self.num_classes, kernel_init=nn.initializers.zeros,
         bias_init=nn.initializers.constant(self.head_bias),
         name='head')(x)  # [B, C]
+
+  @property
+  def patch(self) -> int:
+    """Pixels per token and axis."""
+    return self.stem.patch
+
+  def _pool(self, x: jax.Array, train: bool) -> jax.Array:
+    """[B, N, D] -> [B, D], in the module's own names."""
+    if self.pool == 'token':
+      return x[:, 0]
+    if self.pool == 'gap':
+      return x.mean(axis=1)
+    return AttentionPool(
+        self.heads, self.mlp, self.gelu, self.norm_eps, self.init_name,
+        self.dropout, self.dtype, name='map')(x, train=train)
+
+
+class AttentionPool(nn.Module):
+  """A learned token asks the others, [B, N, D] -> [B, D], float32.
+
+  "Scaling Vision Transformers" (arXiv 2106.04560), section 3.2, in the form of
+  big_vision: y = attention(probe, x); y + mlp(norm(y)).
+  """
+  heads: int
+  mlp: int
+  gelu: str
+  norm_eps: float
+  init_name: str
+  dropout: float
+  dtype: str
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    probe = self.param(
+        'probe', nn.initializers.xavier_uniform(), (1, 1, x.shape[-1]))
+    probe = jnp.broadcast_to(probe, (x.shape[0], *probe.shape[1:]))
+    y = encoder.Attention(
+        self.heads, self.init_name, self.dtype, name='attention')(x, probe)
+    z = nn.LayerNorm(self.norm_eps, dtype=self.dtype, name='norm')(y)
+    z = encoder.Mlp(
+        self.mlp, self.gelu, self.init_name, self.dropout, self.dtype,
+        name='mlp')(z, train=train)
+    return (y + z)[:, 0].astype('float32')
 
 
 def create(
@@ -123,6 +170,7 @@ def create(
     stem: str,
     num_classes: int,
     pool: str = 'token',
+    pre_logits: bool = False,
     pos_embedding: str = 'learned',
     gelu: str = 'erf',
     norm_eps: float = 1e-6,
@@ -140,9 +188,13 @@ def create(
 
   Args:
     size: a key of `variants.SIZES`: '4GF', 'S/16', 'micro', ...
-    stem: a key of `stems.STEMS`: 'patchify' (ViT_P), 'conv' (ViT_C), ...
+    stem: a key of `stems.STEMS`: 'patchify' (ViT_P), 'conv' (ViT_C), ...;
+      'resnet' with the sizes of `variants.HYBRIDS`, which have no other.
     num_classes: C of the logits, at least 1.
-    pool: 'token' (class token) or 'gap' (mean over tokens, no class token).
+    pool: 'token' (class token), 'gap' (mean over tokens, no class token) or
+      'map' (a learned token that attends to the others).
+    pre_logits: whether a dense layer and a tanh come before the head, as in
+      the first ViTs on ImageNet-21k.
     pos_embedding: 'learned', or 'sincos2d': no parameter, patch tokens only.
     gelu: 'erf' (the paper, timm) or 'tanh' (AugReg, big_vision).
     norm_eps: epsilon of LayerNorm; BatchNorm's is 1e-5.
@@ -170,21 +222,34 @@ def create(
     ValueError: an unknown name (the message lists the choices), a rate out of
       range, or a stem that the size does not have.
   """
-  for what, name, known in (
-      ('size', size, variants.SIZES),
-      ('stem', stem, stems.STEMS),
-      ('pool', pool, POOLS),
-      ('pos_embedding', pos_embedding, POS_EMBEDDINGS),
-      ('gelu', gelu, encoder.GELUS),
-      ('init', init, initializers.INITIALIZERS),
-      ('batch_norm', batch_norm, stems.BATCH_NORM),
-      ('remat', remat, encoder.REMATS),
-      ('dtype', dtype, DTYPES),
-  ):
-    if name not in known:
-      raise ValueError(choices.unknown(name, known, what))
-  for what, rate in (
-      ('dropout', dropout), ('stochastic_depth', stochastic_depth)):
+  choices.check({
+      'size': (size, variants.SIZES), 'stem': (stem, stems.STEMS),
+      'pool': (pool, POOLS), 'pos_embedding': (pos_embedding, POS_EMBEDDINGS),
+      'gelu': (gelu, encoder.GELUS), 'init': (init, initializers.INITIALIZERS),
+      'batch_norm': (batch_norm, stems.BATCH_NORM),
+      'remat': (remat, encoder.REMATS), 'dtype': (dtype, encoder.DTYPES)})
+  check_numbers(num_classes, norm_eps, head_bias, dropout=dropout,
+                stochastic_depth=stochastic_depth)
+  if batch_norm_group < 0:
+    raise ValueError(
+        f'batch_norm_group is {batch_norm_group}.\nIt is a number of examples, '
+        'or 0: statistics of the whole batch.')
+  row = variants.size(size)
+  return ViT(
+      stem=stems.create(
+          size=size, stem=stem, batch_norm=batch_norm,
+          batch_norm_group=batch_norm_group, norm_eps=norm_eps, init_name=init,
+          dtype=dtype),
+      depth=row.depth_conv if stems.is_convolutional(stem) else row.depth,
+      heads=row.heads, mlp=row.mlp, num_classes=num_classes, pool=pool,
+      pre_logits=pre_logits, pos_embedding=pos_embedding, gelu=gelu,
+      norm_eps=norm_eps, init_name=init, head_bias=head_bias, dropout=dropout,
+      stochastic_depth=stochastic_depth, scan=scan, remat=remat, dtype=dtype)
+
+
+def check_numbers(num_classes, norm_eps, head_bias, **rates):
+  """Raises ValueError for what no model can have; see `create`."""
+  for what, rate in rates.items():
     if not 0.0 <= rate < 1.0:
       raise ValueError(
           f'The rate {what} is {rate}.\nIt is a probability in [0, 1); 0 turns '
@@ -194,25 +259,9 @@ def create(
       raise ValueError(
           f'{what} is {number}.\nIt is a finite number; norm_eps is at least 0 '
           'and about 1e-6.')
-  if batch_norm_group < 0:
-    raise ValueError(
-        f'batch_norm_group is {batch_norm_group}.\nIt is a number of examples, '
-        'or 0: statistics of the whole batch.')
   if num_classes < 1:
     raise ValueError(
         f'The model has {num_classes} classes.\nnum_classes is at least 1.')
-
-  row = variants.size(size)
-  return ViT(
-      stem=stems.create(
-          size=size, stem=stem, batch_norm=batch_norm,
-          batch_norm_group=batch_norm_group, norm_eps=norm_eps, init_name=init,
-          dtype=dtype),
-      depth=row.depth_conv if stems.is_convolutional(stem) else row.depth,
-      heads=row.heads, mlp=row.mlp, num_classes=num_classes, pool=pool,
-      pos_embedding=pos_embedding, gelu=gelu, norm_eps=norm_eps,
-      init_name=init, head_bias=head_bias, dropout=dropout,
-      stochastic_depth=stochastic_depth, scan=scan, remat=remat, dtype=dtype)
 
 
 def token_grid(
