@@ -1,6 +1,7 @@
 """Draws training images before and after augmentation, with what was drawn.
 
-  vit-jax augment-sheet --config configs/vit_c_i1k.py:path=/data/imagenet \
+  vit-jax augment-sheet --config configs/vit_c_i1k.py \
+    --config.input.path=/data/imagenet \
     --config.augment='randaug(2, 15)' --out sheet.png
 
 The images are the first of the training order, cropped and flipped by

@@ -32,6 +32,7 @@ from vit_jax import augment as augment_lib
 from vit_jax import augment_policy
 from vit_jax import devices
 from vit_jax import durations
+from vit_jax import models
 from vit_jax import op_forms
 from vit_jax import optimizer
 from vit_jax import param_paths
@@ -40,7 +41,6 @@ from vit_jax import schedules
 from vit_jax import sharding
 from vit_jax import train_state
 from vit_jax import train_step
-from vit_jax.models import vit
 
 FORMS = {
     'loop': augment_policy.loop,
@@ -156,7 +156,7 @@ def step(line, model_size, batch, size, repeats):
   """
   mesh = sharding.create_mesh({'data': -1})
   sharding.check_batch_size('--step_batch', batch, mesh)
-  model = vit.create(**train_state.model_fields(ConfigDict({
+  model = models.create(**train_state.model_fields(ConfigDict({
       **recipes.base().model, 'size': model_size, 'batch_norm_group': 0}), ()),
                      num_classes=_CLASSES)
   shape = (size, size, 3)
