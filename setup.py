@@ -42,8 +42,8 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.11,<3.14',
     packages=[
-        'vit_jax', 'vit_jax.commands', 'vit_jax.evaluators', 'vit_jax.models',
-        'vit_jax.pretrained', 'input_pipeline',
+        'vit_jax', 'vit_jax.augment', 'vit_jax.commands', 'vit_jax.evaluators',
+        'vit_jax.models', 'vit_jax.pretrained', 'input_pipeline',
     ],
     install_requires=CORE + (
         [] if os.environ.get('VIT_JAX_NO_TENSORFLOW') else TENSORFLOW),

@@ -8,13 +8,13 @@ from scipy import stats
 
 from tests import runs
 from vit_jax import augment
-from vit_jax import augment_policy
-from vit_jax import autoaugment
-from vit_jax import pca_jitter
-from vit_jax import randaugment
-from vit_jax import random_erasing
 from vit_jax import sharding
 from vit_jax import train_step
+from vit_jax.augment import autoaugment
+from vit_jax.augment import op_policy
+from vit_jax.augment import pca_jitter
+from vit_jax.augment import randaugment
+from vit_jax.augment import random_erasing
 
 SHAPE = (24, 20, 3)
 B = 16
@@ -117,7 +117,7 @@ def draws(function):
 
 def rows_drawn(op):
   policy = op.policy((224, 224, 3), (0.5,))
-  rows, center = draws(lambda key: augment_policy.draw(policy, key, 224, 224))
+  rows, center = draws(lambda key: op_policy.draw(policy, key, 224, 224))
   return policy, rows, center
 
 

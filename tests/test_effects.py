@@ -117,7 +117,7 @@ EFFECTS = {
     'schedule.warmup_epochs': ('schedule', 1.0),
     'schedule.warmup_steps': ('schedule', 1000),
     'schedule.warmup_start': ('schedule', 0.3),
-    'schedule.cooldown_epochs': ('schedule', 10.0),
+    'schedule.cooldown_epochs': ('schedule', 20.0),
     'schedule.final': ('schedule', 0.1),
     'schedule.per': ('schedule', {'step': 'epoch', 'epoch': 'step'}),
     'schedule.progress': ('schedule', {'after_warmup': 'from_start',

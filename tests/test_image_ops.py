@@ -10,10 +10,10 @@ from PIL import ImageEnhance
 from PIL import ImageOps
 import pytest
 
-from vit_jax import autoaugment
-from vit_jax import image_ops
-from vit_jax import op_forms
-from vit_jax import randaugment
+from vit_jax.augment import autoaugment
+from vit_jax.augment import image_ops
+from vit_jax.augment import op_forms
+from vit_jax.augment import randaugment
 
 GOLDENS = os.path.join(os.path.dirname(__file__), 'goldens', 'randaug_tf.npz')
 FORMS = tuple(op_forms.FORMS)

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from vit_jax import losses
-from vit_jax import mixup
+from vit_jax.augment import mixup
 
 H, W = 24, 40
 N = 4000

@@ -104,7 +104,7 @@ def base():
       stream=False,     # stream TFRecord files of a local disk, too
       window=16384,     # records within which a stream is shuffled
   )
-  # In the training step: ops of vit_jax/augment.py, such as
+  # In the training step: ops of vit_jax/augment, such as
   # 'randaug(2, 10)|mixup(0.2)'; '': none.
   c.augment = ''
   c.model = dict(

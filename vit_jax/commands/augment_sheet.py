@@ -24,11 +24,11 @@ import numpy as np
 
 import input_pipeline
 from vit_jax import augment as augment_lib
-from vit_jax import augment_policy
 from vit_jax import config as config_lib
 from vit_jax import ranges
 from vit_jax import sharding
 from vit_jax import train_step
+from vit_jax.augment import op_policy
 
 _COLUMNS = 3
 
@@ -106,7 +106,7 @@ def _titles(augment, key, step, count, height, width):
       if place in augment.policies:
         policy = augment.policies[place]
         rows, _ = jax.jit(jax.vmap(
-            lambda k, policy=policy: augment_policy.draw(
+            lambda k, policy=policy: op_policy.draw(
                 policy, k, height, width)))(keys)
         texts = [', '.join(filter(None, (policy.titles[r] for r in row)))
                  for row in np.asarray(rows)]

@@ -3,7 +3,7 @@
   vit-jax bench augment
   vit-jax bench augment --model=4GF --step_batch=256
 
-Prints images/s of the ops on pixels in the forms of `augment_policy`: loop (a
+Prints images/s of the ops on pixels in the forms of `op_policy`: loop (a
 loop over images with a switch), switched (the same switch under vmap, which
 runs every op), batched, and batched with histograms by scattered additions; on
 one device, on noise. With --step_batch also the
@@ -29,11 +29,9 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from vit_jax import augment as augment_lib
-from vit_jax import augment_policy
 from vit_jax import devices
 from vit_jax import durations
 from vit_jax import models
-from vit_jax import op_forms
 from vit_jax import optimizer
 from vit_jax import param_paths
 from vit_jax import recipes
@@ -41,14 +39,16 @@ from vit_jax import schedules
 from vit_jax import sharding
 from vit_jax import train_state
 from vit_jax import train_step
+from vit_jax.augment import op_forms
+from vit_jax.augment import op_policy
 
 FORMS = {
-    'loop': augment_policy.loop,
-    'switched': augment_policy.switched,
-    'batched': augment_policy.batched,
+    'loop': op_policy.loop,
+    'switched': op_policy.switched,
+    'batched': op_policy.batched,
     # With the histograms of the loop.
     'scattered': functools.partial(
-        augment_policy.batched, histogram=op_forms.histogram),
+        op_policy.batched, histogram=op_forms.histogram),
 }
 _CLASSES = 1000
 
@@ -124,7 +124,7 @@ def forms(line, batch, size, repeats):
   def run(form, images):
     for place, policy in made.policies.items():
       keys = augment_lib.example_keys(key, 0, jnp.arange(batch), place)
-      ops = augment_policy.drawn_ops(policy, keys, size, size)
+      ops = op_policy.drawn_ops(policy, keys, size, size)
       images = form(policy, images, ops)
     return images
 

@@ -22,16 +22,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from input_pipeline import op_line
-from vit_jax import augment_policy
-from vit_jax import autoaugment
 from vit_jax import choices
 from vit_jax import losses
-from vit_jax import mixup
-from vit_jax import op_forms
-from vit_jax import pca_jitter
-from vit_jax import randaugment
-from vit_jax import random_erasing
 from vit_jax import sharding
+from vit_jax.augment import autoaugment
+from vit_jax.augment import mixup
+from vit_jax.augment import op_forms
+from vit_jax.augment import op_policy
+from vit_jax.augment import pca_jitter
+from vit_jax.augment import randaugment
+from vit_jax.augment import random_erasing
 
 OPS = {
     'randaug': randaugment.RandAug,
@@ -71,7 +71,7 @@ def create(config, image_shape, num_classes, normalize, mesh):
       config['augment'], config['augment_driver'], config['augment_on'])
   ops = op_line.parse(line, OPS, 'augment', _EXAMPLE)
   for key, value, known in (
-      ('augment_driver', driver, ('auto', *augment_policy.DRIVERS)),
+      ('augment_driver', driver, ('auto', *op_policy.DRIVERS)),
       ('augment_on', where, ('device', 'host'))):
     if value not in known:
       raise ValueError(choices.unknown(value, known, key))
@@ -141,7 +141,7 @@ class Augment:
     normalize: uint8 images -> float32.
     ops: of the line.
     policies: {place in the line: Policy}, of the stage of pixels.
-    driver: a key of augment_policy.DRIVERS.
+    driver: a key of op_policy.DRIVERS.
     where: 'device' or 'host', the stage of pixels.
     num_classes: of the labels.
     std: float32 [C], by which images were divided.
@@ -236,7 +236,7 @@ class Augment:
     """The stage of pixels: uint8 [B, H, W, C]."""
     for place, policy in self.policies.items():
       keys = self._keys(key, step, first_row, len(images), place, mesh)
-      images = augment_policy.apply(policy, self.driver, images, keys, mesh)
+      images = op_policy.apply(policy, self.driver, images, keys, mesh)
     return images
 
   def _keys(self, key, step, first_row, count, place, mesh):

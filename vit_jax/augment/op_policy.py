@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_jax import op_forms
 from vit_jax import sharding
+from vit_jax.augment import op_forms
 
 _CHANCE_BITS = 24
 # What the random bits of a layer are for, by column.

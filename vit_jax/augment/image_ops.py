@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from vit_jax import op_forms
+from vit_jax.augment import op_forms
 
 LEVELS = op_forms.LEVELS
 # Ties of coordinates go to the next pixel. In a large image the rounding of a

@@ -31,8 +31,8 @@ import dataclasses
 import numpy as np
 from scipy import special
 
-from vit_jax import augment_policy
-from vit_jax import image_ops
+from vit_jax.augment import image_ops
+from vit_jax.augment import op_policy
 
 _GREY = 128
 _TIMM_DEVIATION, _TIMM_PROBABILITY, _TIMM_LEVELS = 0.5, 0.5, 64
@@ -77,7 +77,7 @@ class RandAug:
       fill = np.broadcast_to(np.round(255 * np.asarray(mean)), channels)
     by_level = [VARIANTS[self.variant](m / 10, height, width) for m in levels]
     choices = [[[pair[name] for pair in by_level]] for name in by_level[0]]
-    return augment_policy.create(
+    return op_policy.create(
         choices, self.layers, fill.clip(0, 255).astype(np.uint8))
 
 
@@ -115,9 +115,9 @@ def pillow_ops(part, height, width, warp):
 
 def pair(name, values, make, probability=1.0):
   """Two Candidates for an entry of `pillow_ops`."""
-  found = [augment_policy.Candidate(
+  found = [op_policy.Candidate(
       f'{name}({v:.3g})', make(v), probability) for v in values] or [
-          augment_policy.Candidate(name, make(), probability)]
+          op_policy.Candidate(name, make(), probability)]
   return found * (2 // len(found))
 
 

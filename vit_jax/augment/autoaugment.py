@@ -9,8 +9,8 @@ import dataclasses
 
 import numpy as np
 
-from vit_jax import augment_policy
-from vit_jax import randaugment
+from vit_jax.augment import op_policy
+from vit_jax.augment import randaugment
 
 # Pairs of (op, probability, magnitude in [0, 1]).
 V0 = (
@@ -58,5 +58,5 @@ class AutoAugment:
       return [randaugment.pair(name, *ops[name], probability)]
 
     choices = [[candidates(*op) for op in ops] for ops in V0]
-    return augment_policy.create(
+    return op_policy.create(
         choices, 2, np.full(channels, _GREY, np.uint8), once=True)
