@@ -42,8 +42,8 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.11,<3.14',
     packages=[
-        'vit_jax', 'vit_jax.commands', 'vit_jax.evaluators', 'vit_jax.models',
-        'input_pipeline',
+        'vit_jax', 'vit_jax.augment', 'vit_jax.commands', 'vit_jax.evaluators',
+        'vit_jax.models', 'vit_jax.pretrained', 'input_pipeline',
     ],
     install_requires=CORE + (
         [] if os.environ.get('VIT_JAX_NO_TENSORFLOW') else TENSORFLOW),
@@ -52,6 +52,7 @@ setup(
         'tpu': ['jax[tpu]>=0.10,<0.13'],
         'test': ['pytest>=8,<10', 'pytest-xdist>=3.6,<4', 'ruff>=0.9,<1'],
         'wandb': ['wandb>=0.19,<1'],
+        'torch': ['torch>=2.6,<3'],  # to read .pth, .pyth and .bin files
         'notebooks': ['nbformat>=5,<6', 'nbclient>=0.10,<1', 'ipykernel>=6,<8'],
     },
     entry_points={'console_scripts': ['vit-jax = vit_jax.__main__:main']},

@@ -4,7 +4,7 @@
 
 About half a minute on 2 CPU cores. Arguments, after a colon and separated by
 commas: stem=conv|patchify|..., optimizer=adamw|sgd, epochs=40, seed=0, lr=0
-and wd=-1 (0 and -1: the config's own).
+and wd=-1 (0 and -1: the config's own); smoke: four steps.
 """
 from vit_jax import recipes
 
@@ -16,7 +16,7 @@ OPTIMIZERS = {'adamw': (recipes.adamw, 2e-3, 0.1),
 def get_config(args=None):
   args = recipes.parse_args(
       args, stem='conv', optimizer=tuple(OPTIMIZERS), epochs=40.0, seed=0,
-      lr=0.0, wd=-1.0)
+      lr=0.0, wd=-1.0, smoke=False)
   c = recipes.base()
   c.seed = args.seed
   c.total_epochs = args.epochs
@@ -38,4 +38,4 @@ def get_config(args=None):
   c.eval.every_epochs = 5.0
   c.eval.batch_size = 512
   c.checkpoint.every_epochs = 10.0
-  return c
+  return recipes.smoke(c) if args.smoke else c

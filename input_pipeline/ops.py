@@ -1,19 +1,17 @@
 """Host preprocessing as one line: 'decode|inception_crop(224)|flip_lr'.
 
-This module holds the language, the ops' geometry and their random draws, in
-plain Python. An op, for an image of known size and known random numbers, is a
-`View`: a box, a size to resize it to, a flip. `ops_numpy` and `ops_tf` carry
-out the same views, so both cut the same box.
+`op_line` holds the language; this module the ops' geometry and their random
+draws, in plain Python. An op, for an image of known size and known random
+numbers, is a `View`: a box, a size to resize it to, a flip. `ops_numpy` and
+`ops_tf` carry out the same views, so both cut the same box.
 """
-import ast
 import dataclasses
-import inspect
 import math
 from typing import NamedTuple
 
 import numpy as np
 
-from input_pipeline import messages
+from input_pipeline import op_line
 from input_pipeline import order
 
 # How to resize; TF: `tf.image.resize`'s rule, truncated to uint8.
@@ -307,81 +305,18 @@ def parse(text, key='pp'):
   """Parses 'name|name(arguments)|...' into a tuple of ops.
 
   Args:
-    text: the line; '' is no ops. Arguments are literals, nothing is evaluated.
-    key: the config key that it comes from, for messages.
+    text: see `op_line.parse`.
+    key: the key of the config's `input` section that it comes from.
 
   Raises:
-    ValueError: not of that form, an unknown op, wrong arguments, or `decode`
-      elsewhere than first.
+    ValueError: as `op_line.parse`, or `decode` elsewhere than first.
   """
-  if not isinstance(text, str):
-    raise ValueError(f'input.{key}={text!r} is not a string.\n'
-                     "Write ops as one line, such as 'decode|resize(224)'.")
-  if not text.strip():
-    return ()
-  try:
-    node = _expression(text)
-    calls = []
-    while isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-      calls.insert(0, node.right)
-      node = node.left
-    calls.insert(0, node)
-    ops = tuple(_parse_call(c) for c in calls)
-  except (SyntaxError, RecursionError, MemoryError) as e:
-    raise ValueError(
-        f'input.{key}={text!r} cannot be parsed ({messages.one_line(e)}).\n'
-        "Write op|op(arguments)|..., such as 'decode|resize(224)|flip_lr'."
-    ) from None
-  except ValueError as e:
-    raise ValueError(f'input.{key}={text!r}: {e}') from None
+  ops = op_line.parse(
+      text, OPS, f'input.{key}', 'decode|resize(224)|flip_lr')
   if any(isinstance(op, Decode) for op in ops[1:]):
     raise ValueError(f'input.{key}={text!r}: decode does not come first.\n'
                      'Put it at the beginning, once.')
   return ops
-
-
-def _expression(text):
-  try:
-    return ast.parse(text.strip(), mode='eval').body
-  except ValueError as e:  # NUL (Python 3.11) or half a surrogate pair
-    raise SyntaxError(str(e)) from None
-
-
-def _parse_call(node):
-  args, kwargs = (), {}
-  try:
-    if isinstance(node, ast.Call):
-      args = [ast.literal_eval(a) for a in node.args]
-      kwargs = {k.arg: ast.literal_eval(k.value) for k in node.keywords}
-      node = node.func
-  except (ValueError, TypeError):
-    raise ValueError(
-        f'the arguments of {_code(node)} are not all literals.\n'
-        'Write numbers; nothing is evaluated.') from None
-  if not isinstance(node, ast.Name):
-    raise ValueError(f'{_code(node)} is not an op.\n'
-                     + messages.choices(_code(node), OPS))
-  if node.id not in OPS:
-    raise ValueError(
-        f'unknown op {node.id!r}.\n' + messages.choices(node.id, OPS))
-  try:
-    return OPS[node.id](*args, **kwargs)
-  except TypeError as e:
-    raise ValueError(
-        f'{node.id}: {messages.one_line(e).split("__init__() ")[-1]}.\n'
-        f'Write it as {signature(node.id)}.') from None
-
-
-def _code(node):
-  return messages.one_line(ast.unparse(node))
-
-
-def signature(name):
-  """An op as one writes it, such as 'inception_crop(size, area_min=5, ...)'."""
-  parameters = inspect.signature(OPS[name]).parameters.values()
-  return name + '(' + ', '.join(
-      p.name if p.default in (p.empty, None) else f'{p.name}={p.default!r}'
-      for p in parameters) + ')'
 
 
 def out_size(ops, height, width):

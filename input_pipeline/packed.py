@@ -1,283 +1,248 @@
-"""A data set packed into few files: smaller JPEGs, in the order of its source.
+"""A data set packed for speed: smaller JPEG files in a few ArrayRecord files.
 
-  DIR/packed.json                 what was asked for, counts, class names
-  DIR/<part>_labels.npy           int32 [N]
-  DIR/<part>-00000.array_record   one image file a record, `shard_size` a file
-
-Images whose short side is longer than asked for are resized to it (Lanczos)
-and encoded again; all others keep their bytes, unreadable ones too. A shard
-appears under its name once it is complete, so a killed `write` goes on where it
-was; packed.json says 'complete' when all are there.
+A folder holds
+  pack.json                      counts, class names, how it was made
+  <part>-00000.array_record ...  image files, `per_shard` each, in the order of
+                                 the data set that was packed
+  <part>_labels.npy              int32 [N]
+pack.json is written last: without it, the pack is not complete.
 """
 import concurrent.futures
-import hashlib
 import io
 import json
 import os
 import shutil
+import zlib
 
 import numpy as np
 from PIL import Image
 
-from input_pipeline import messages
 from input_pipeline import ops_numpy
-from input_pipeline import pipeline
 from input_pipeline import records
 from input_pipeline import sources
-from input_pipeline import tfds_source
 
-_INDEX = 'packed.json'
-_SAMPLE = 64  # images whose sizes estimate that of all
-_RESERVE = 1.1  # of the disk space that the estimate asks for
+_INDEX = 'pack.json'
+_FORMAT = 1
+_SAMPLE = 64  # images by which the size of a pack is estimated
+_READ_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError,
+                KeyError, TypeError, ArithmeticError, MemoryError)
 
 
-class Shards(sources.Source):
-  """A part of a packed data set, by index."""
+class Pack(sources.Source):
+  """One part of a pack; equal, by index, to the part that was packed."""
   encoded = True
   in_memory = False
 
-  def __init__(self, paths, shard_size, labels, class_names):
-    """Opens the shards; all but the last hold `shard_size` images."""
+  def __init__(self, files, per_shard, labels, class_names):
     super().__init__(labels, class_names)
-    self._paths, self._shard_size = paths, shard_size
-    self._files = records.ArrayRecords(paths)
-    if sum(self._files.counts) != len(labels):
-      raise ValueError(
-          f'{os.path.dirname(paths[0])} has {sum(self._files.counts)} images '
-          f'and {len(labels)} labels of them.\nPack the data set again.')
-
-  def describe(self, index):
-    shard, record = divmod(int(index), self._shard_size)
-    return f'{self._paths[shard]} record {record}'
+    self._files, self._per_shard = files, per_shard
+    self._records = records.ArrayRecords(files)
 
   def read(self, indices):
-    return [self._files.read(*divmod(int(i), self._shard_size))
+    return [self._records.read(*divmod(int(i), self._per_shard))
             for i in indices]
 
+  def describe(self, index):
+    shard, record = divmod(int(index), self._per_shard)
+    return f'{self._files[shard]} record {record}'
 
-def open_splits(path, classes):
+  def check(self, path):
+    """Raises ValueError unless the files hold as many images as labels."""
+    found = sum(self._records.counts)
+    if found != self.num_examples:
+      raise ValueError(
+          f'{path} holds {found} images and {self.num_examples} labels.\n'
+          'Delete it and pack the data again.')
+
+
+def open_splits(path, holdout, classes):
   """Opens what `write` made.
 
   Args:
     path: its folder.
-    classes: class names in order, or () for those of the data set.
+    holdout: not used: the parts are what they were when packed.
+    classes: class names in order, or () for those of the pack.
 
   Returns:
     sources.Splits.
 
   Raises:
-    FileNotFoundError: there is nothing packed.
-    ValueError: it is incomplete or damaged.
+    FileNotFoundError: there is no complete pack.
+    ValueError: damaged files, or class names that do not fit.
   """
+  del holdout
   file = os.path.join(path, _INDEX)
   if not path or not os.path.isfile(file):
     raise FileNotFoundError(
-        f"There is no {file}, but input.source='packed'.\n"
-        'Name a folder that `vit-jax pack` made in input.path.')
-  index = _read(file)
-  if not index.get('complete'):
-    raise ValueError(f'{path} is not packed to the end.\n'
-                     'Give the same command of `vit-jax pack` again.')
+        f"input.path={path!r} holds no {_INDEX}, but input.source='packed'.\n"
+        'Run `vit-jax pack` again with the same arguments: it goes on.')
   try:
-    names, classes_of = tfds_source.classes_in_order(
-        index['classes'], classes, path)
-    parts = {}
-    for part, count in index['counts'].items():
-      labels = np.load(_labels_file(path, part), allow_pickle=False)
-      parts[part] = Shards(
-          _shard_files(path, part, count, index['shard_size']),
-          index['shard_size'], classes_of[labels], names)
-    return sources.Splits(parts.pop('train'), parts)
-  except (KeyError, TypeError, AttributeError, IndexError, OSError) as e:
-    raise ValueError(f'{path} is damaged ({messages.one_line(e)}).\n'
-                     'Pack the data set again.') from e
+    with open(file, encoding='utf-8') as f:
+      index = json.load(f)
+    own, per_shard = index['class_names'], index['per_shard']
+    labels = {part: np.load(_labels(path, part), allow_pickle=False)
+              for part in index['parts']}
+  except (OSError, ValueError, KeyError, TypeError) as e:
+    raise ValueError(f'The pack {path} is damaged ({e!r}).\n'
+                     'Delete it and pack the data again.') from None
+  if index['format'] != _FORMAT:
+    raise ValueError(f'The pack {path} has the format {index["format"]}.\n'
+                     f'This program reads {_FORMAT}: pack the data again.')
+  names = tuple(classes or own)
+  if not set(own) <= set(names):
+    raise ValueError(
+        f'input.classes lacks {sorted(set(own) - set(names))[0]!r}, a class of '
+        f'{path}.\nGive all its classes.')
+  place = np.array([names.index(name) for name in own], np.int32)
+  parts = {}
+  for part, count in index['parts'].items():
+    files = [_shard(path, part, i) for i in range(-(-count // per_shard))]
+    parts[part] = Pack(files, per_shard, place[labels[part]], names)
+    parts[part].check(path)
+  return sources.Splits(parts.pop('train'), parts)
 
 
-def write(data, path, short_side, quality, shard_size=4096, threads=0,
+def write(splits, path, short_side, quality=90, per_shard=4096,
           say=lambda text: None):
-  """Packs all parts of a data set; goes on with what an earlier call began.
+  """Packs a data set; after an interruption the same call goes on.
 
   Args:
-    data: dataset.Data over encoded images, read by index.
-    path: folder to write; made if missing.
-    short_side: pixels, of the images that are larger.
-    quality: of their JPEG encoding, 1 to 100.
-    shard_size: images a file.
-    threads: at once; 0: as many as there are CPUs.
-    say: called with a line at each shard.
-
-  Returns:
-    {part: (images, of those resized, unreadable, bytes)}, of this call.
+    splits: sources.Splits of encoded sources that are read by index.
+    path: folder; made if missing.
+    short_side: pixels. Images whose shorter side is longer are resized to it
+      (Pillow, bicubic, antialiased; JPEG decoded at a fraction of its size
+      where that is still larger) and written as JPEG. Others keep their bytes,
+      and so do files that cannot be read: what is unreadable stays so.
+    quality: of the JPEG, 1 to 95.
+    per_shard: images in a file.
+    say: called with a line of text now and then.
 
   Raises:
-    ValueError: images that are not files, another data set or other settings
-      than those of the folder, too little space on the disk.
+    ValueError: a number out of range, a source without files, another pack in
+      the folder, or too little space on the disk.
   """
-  parts = {'train': data.train, **data.evals}
+  for name, value, low, high in (
+      ('short_side', short_side, 8, 16384), ('quality', quality, 1, 95),
+      ('per_shard', per_shard, 1, 2**20)):
+    if not low <= value <= high:
+      raise ValueError(f'{name}={value} is not in {low} to {high}.\n'
+                       'Give 320, 90 and 4096, for example.')
+  parts = {'train': splits.train, **splits.evals}
   for part, source in parts.items():
     if not source.encoded or source.streamed:
-      raise ValueError(
-          f'{part} is {"streamed" if source.streamed else "no image files"}, '
-          'which cannot be packed.\nPack a folder, or TFDS data on a disk.')
-  index = dict(
-      complete=False, short_side=short_side, quality=quality,
-      shard_size=shard_size, classes=list(data.class_names),
-      counts={part: s.num_examples for part, s in parts.items()},
-      source=_fingerprint(parts))
+      raise ValueError(f'The {part} part is not made of files read by index.\n'
+                       'Pack a folder of images.')
+  how = dict(format=_FORMAT, short_side=short_side, quality=quality,
+             per_shard=per_shard, class_names=list(splits.train.class_names),
+             parts={k: s.num_examples for k, s in parts.items()},
+             labels={k: zlib.crc32(s.labels) for k, s in parts.items()})
   os.makedirs(path, exist_ok=True)
-  _check_same(path, index)
-  _write(os.path.join(path, _INDEX), index)
-  with concurrent.futures.ThreadPoolExecutor(
-      threads or pipeline.cpu_count()) as pool:
-    _check_space(path, parts, index, pool)
-    done = {part: _write_part(path, part, source, index, pool, say)
-            for part, source in parts.items()}
-  _write(os.path.join(path, _INDEX), {**index, 'complete': True})
-  return done
+  _check_same(path, how)
+  shrink = lambda content: shrunk(content, short_side, quality)
+  _check_space(parts, path, shrink, say)
+  for part, source in parts.items():
+    shards = -(-source.num_examples // per_shard)
+    for shard in range(shards):
+      first = shard * per_shard
+      rows = range(first, min(first + per_shard, source.num_examples))
+      if _write_shard(source, rows, _shard(path, part, shard), shrink):
+        say(f'{part}: {rows.stop:,}/{source.num_examples:,} images')
+    _replace(_labels(path, part), lambda f, s=source: np.save(f, s.labels))
+  _replace(os.path.join(path, _INDEX),
+           lambda f: f.write(json.dumps(how, indent=1).encode()))
 
 
-def _write_part(path, part, source, index, pool, say):
-  """Writes the shards that are not there; returns what `write` does."""
-  labels = _labels_file(path, part)
-  with open(labels + '.tmp', 'wb') as f:
-    np.save(f, source.labels)
-  os.replace(labels + '.tmp', labels)
-  files = _shard_files(
-      path, part, source.num_examples, index['shard_size'])
-  total = np.zeros(4, np.int64)
-  for number, file in enumerate(files):
-    if os.path.exists(file):
-      continue
-    first = number * index['shard_size']
-    rows = range(first, min(first + index['shard_size'], source.num_examples))
-    packed = pool.map(
-        lambda i: pack(_content(source, i), index['short_side'],
-                       index['quality']), rows)
-    total += _write_shard(file, packed)
-    say(f'{part}: {number + 1:,} of {len(files):,} files, '
-        f'{total[3] / max(total[0], 1) / 1e3:.1f} kB an image')
-  return tuple(total.tolist())
-
-
-def _write_shard(file, packed):
-  """Writes a file as a whole or not; returns int64 [4] as `write` does."""
-  from array_record.python import array_record_module
-  total = np.zeros(4, np.int64)
-  # A group of its own for each record: they are read one by one.
-  writer = array_record_module.ArrayRecordWriter(
-      file + '.tmp', 'group_size:1,uncompressed')
-  for content, resized, unreadable in packed:
-    writer.write(content)
-    total += (1, resized, unreadable, len(content))
-  writer.close()
-  with open(file + '.tmp', 'rb') as f:
-    os.fsync(f.fileno())
-  os.replace(file + '.tmp', file)
-  return total
-
-
-def pack(content, short_side, quality):
-  """Makes an image file smaller.
-
-  Args:
-    content: its bytes; b'' stands for what could not be read.
-    short_side: pixels; images that are not larger stay as they are.
-    quality: of the JPEG that results.
-
-  Returns:
-    (bytes, whether they are new, whether the image is unreadable: then they
-    are the old ones).
-  """
+def shrunk(content, short_side, quality):
+  """Bytes of an image file, or of a smaller JPEG; see `write`."""
   try:
     image = ops_numpy.open_image(content)
     scale = short_side / min(image.size)
     if scale >= 1:
-      return content, False, False
-    grey = image.mode.startswith(('L', 'I', '1'))
-    pixels = ops_numpy.pixels(image, 1 if grey else 3)
-    size = tuple(max(round(side * scale), short_side) for side in image.size)
-    resized = Image.fromarray(pixels.squeeze(-1) if grey else pixels).resize(
-        size, Image.Resampling.LANCZOS)
-  except pipeline.READ_ERRORS:
-    return content, False, True
+      return content
+    size = tuple(max(round(n * scale), 1) for n in image.size)
+    if image.format == 'JPEG' and image.mode in ('L', 'RGB'):
+      image.draft(image.mode, size)
+    else:
+      image = Image.fromarray(ops_numpy.decode(content, 3))
+    image = image.resize(size, Image.Resampling.BICUBIC)
+  except _READ_ERRORS:
+    return content
   file = io.BytesIO()
-  resized.save(file, 'JPEG', quality=quality)
-  return file.getvalue(), True, False
+  image.save(file, 'JPEG', quality=quality)
+  return file.getvalue()
 
 
-def _content(source, index):
-  try:
-    return source.read([index])[0]
-  except OSError:
-    return b''
+def _shard(path, part, i):
+  return os.path.join(path, f'{part}-{i:05d}.array_record')
 
 
-def _labels_file(path, part):
+def _labels(path, part):
   return os.path.join(path, f'{part}_labels.npy')
 
 
-def _shard_files(path, part, count, shard_size):
-  return [os.path.join(path, f'{part}-{i:05}.array_record')
-          for i in range(-(-count // shard_size))]
+def _replace(file, fill):
+  """Writes a file that is complete or not there."""
+  new = file + '.tmp'
+  with open(new, 'wb') as f:
+    fill(f)
+    f.flush()
+    os.fsync(f.fileno())
+  os.replace(new, file)
 
 
-def _fingerprint(parts):
-  """A hash of which images there are, with their labels."""
-  digest = hashlib.blake2b(digest_size=16)
-  for part, source in parts.items():
-    digest.update(part.encode() + source.labels.tobytes())
-    for i in range(source.num_examples):
-      digest.update(os.fsencode(source.describe(i)) + b'\0')
-  return digest.hexdigest()
+def _write_shard(source, rows, file, shrink):
+  """Writes one file of images; False if it is there already."""
+  if os.path.exists(file):
+    if records.ArrayRecords([file]).counts != [len(rows)]:
+      raise ValueError(f'{file} does not hold {len(rows)} images.\n'
+                       'Delete it and run the same command again.')
+    return False
+  from array_record.python import array_record_module
+  new = file + '.tmp'
+  # One record a group, so that one is read without its neighbours; image files
+  # do not compress.
+  writer = array_record_module.ArrayRecordWriter(
+      new, 'group_size:1,uncompressed')
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    for begin in range(rows.start, rows.stop, 256):
+      part = range(begin, min(begin + 256, rows.stop))
+      for content in pool.map(
+          lambda i: shrink(source.read([i])[0]), part):
+        writer.write(content)
+  writer.close()
+  os.replace(new, file)
+  return True
 
 
-def _check_same(path, index):
-  """Raises ValueError if a folder holds something else than `index` says."""
-  file = os.path.join(path, _INDEX)
-  if not os.path.isfile(file):
+def _check_same(path, how):
+  """Raises ValueError if another pack was begun in the folder."""
+  note = os.path.join(path, 'begun.json')
+  text = json.dumps(how)
+  if not os.path.exists(note):
     if os.listdir(path):
-      raise ValueError(f'{path} is not empty, and nothing was packed there.\n'
-                       'Name an empty or a new folder.')
-    return
-  old = _read(file)
-  differ = [k for k, v in index.items() if k != 'complete' and old.get(k) != v]
-  if differ:
-    raise ValueError(
-        f'{path} was packed with another {", ".join(differ)}.\n'
-        'Use the same data and settings, or a new folder.')
+      raise ValueError(f'{path} is not empty and holds no pack.\n'
+                       'Give a new folder.')
+    _replace(note, lambda f: f.write(text.encode()))
+  with open(note, encoding='utf-8') as f:
+    if f.read() != text:
+      raise ValueError(
+          f'{path} holds a pack of other data, or with other settings.\n'
+          'Give a new folder, or the same arguments as before.')
 
 
-def _check_space(path, parts, index, pool):
-  """Raises ValueError if the disk will not hold what is still to be packed."""
-  needed = 0
+def _check_space(parts, path, shrink, say):
+  """Raises ValueError if the disk is too small for the pack."""
+  need = 0
   for part, source in parts.items():
-    files = _shard_files(path, part, source.num_examples, index['shard_size'])
-    left = sum(not os.path.exists(f) for f in files) / len(files)
-    sample = np.linspace(0, source.num_examples - 1, _SAMPLE).astype(int)
-    sizes = [len(content) for content, *_ in pool.map(
-        lambda i, s=source: pack(_content(s, i), index['short_side'],
-                                 index['quality']), sorted({*sample}))]
-    needed += np.mean(sizes) * source.num_examples * left * _RESERVE
+    count = source.num_examples
+    rows = np.unique(np.linspace(0, count - 1, _SAMPLE).astype(int))
+    size = np.mean([len(shrink(source.read([i])[0])) for i in rows])
+    need += size * count
+    say(f'{part}: {count:,} images of about {size / 1e3:.0f} KB')
+  have = sum(e.stat().st_size for e in os.scandir(path))
   free = shutil.disk_usage(path).free
-  if needed > free:
+  if need * 1.05 > free + have:
     raise ValueError(
-        f'About {needed / 1e9:,.1f} GB are to be written to {path}, and '
-        f'{free / 1e9:,.1f} GB are free.\n'
-        'Make room, or lower --short-side or --quality.')
-
-
-def _read(file):
-  try:
-    with open(file, encoding='utf-8') as f:
-      index = json.load(f)
-    if isinstance(index, dict):
-      return index
-  except (ValueError, OSError, RecursionError):
-    pass
-  raise ValueError(f'{file} is damaged.\nPack the data set again.')
-
-
-def _write(file, index):
-  with open(file + '.tmp', 'w', encoding='utf-8') as f:
-    json.dump(index, f, indent=1)
-  os.replace(file + '.tmp', file)
+        f'The pack needs about {need / 1e9:.1f} GB, and {path} has '
+        f'{(free + have) / 1e9:.1f}.\nGive a folder on a larger disk, or a '
+        'smaller short_side.')

@@ -402,6 +402,18 @@ def folder(path, holdout, classes):
   return folder_.open_splits(path, holdout, classes)
 
 
+def made(path, holdout, classes):
+  """A few images for smoke tests; see `input_pipeline.made`."""
+  from input_pipeline import made as made_
+  return made_.open_splits(path, holdout, classes)
+
+
+def packed(path, holdout, classes):
+  """What `vit-jax pack` wrote; see `input_pipeline.packed`."""
+  from input_pipeline import packed as packed_
+  return packed_.open_splits(path, holdout, classes)
+
+
 # Keys of `input` that only source='tfds' obeys, with the value that they must
 # have elsewhere.
 TFDS_ONLY = dict(
@@ -417,12 +429,5 @@ def tfds(path, holdout, classes, **options):
       path, classes=classes, **{**TFDS_ONLY, **options})
 
 
-def packed(path, holdout, classes):
-  """What `vit-jax pack` made; see `input_pipeline.packed`."""
-  del holdout  # packed with the rest
-  from input_pipeline import packed as packed_
-  return packed_.open_splits(path, classes)
-
-
 SOURCES = {'digits': digits, 'arrays': arrays, 'folder': folder, 'tfds': tfds,
-           'packed': packed}
+           'packed': packed, 'made': made}

@@ -233,7 +233,7 @@ def open_splits(path, data_dir, train_split, eval_split, stream, window,
   builder = _builder(path, data_dir)
   info = builder.info
   keys, names = _features(info.features, path)
-  class_names, classes_of = classes_in_order(names, classes, path)
+  class_names, classes_of = _classes(names, classes, path)
   if not eval_split:
     eval_split = next((s for s in _EVALS if s in info.splits), '')
   if not eval_split:
@@ -333,7 +333,7 @@ def _features(features, path):
   return tuple(keys), tuple(names)
 
 
-def classes_in_order(stored, wanted, path):
+def _classes(stored, wanted, path):
   """(class names, int64 [C] that numbers the stored labels by them)."""
   if not wanted:
     wanted = stored

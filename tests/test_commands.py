@@ -1,11 +1,15 @@
-"""The other commands: plan, doctor, results."""
+"""The other commands: plan, doctor, results, augment-sheet, bench."""
 import os
 
+import numpy as np
 from packaging import requirements
+from PIL import Image
 import pytest
 
 from tests import runs
+from tests import test_config
 from vit_jax import __main__ as command_line
+from vit_jax.commands import augment_sheet
 from vit_jax.commands import doctor
 
 VIT_C = os.path.join(runs.ROOT, 'configs', 'vit_c_i1k.py')
@@ -78,3 +82,66 @@ def test_results_group_seeds(finished, capsys, tmp_path):
   assert f'| 2 | {top1} | 0.00% | {top1} | {top1} |' in out
   assert command_line.main(['results', str(tmp_path)]) == 2
   assert 'holds no' in capsys.readouterr().err
+
+
+def test_augment_sheet_of_digits(tmp_path, capsys):
+  path = tmp_path / 'sheet.png'
+  flags = ['augment-sheet', '--config', runs.DIGITS, '--examples=2',
+           f'--out={path}']
+  assert command_line.main(flags) == 0
+  assert f'wrote 2 images of step 0 to {path}' in capsys.readouterr().out
+  with Image.open(path) as image:
+    assert image.width > 1000 and np.asarray(image.convert('L')).std() > 10
+
+
+def test_augment_sheet_tells_what_was_drawn():
+  c = test_config.load(runs.DIGITS)
+  c.augment = "randaug(2, 15, 'fixed')|cutmix(1.0)"
+  before, after, titles = augment_sheet.sheet(c, 4, 5)
+  assert before.shape == after.shape == (4, 32, 32, 3)
+  assert before.dtype == after.dtype == np.uint8
+  share = {title.split('CutMix ')[1] for title in titles}
+  assert len(share) == 1 and 0 <= float(share.pop()) <= 1
+  for old, new, title in zip(before, after, titles, strict=True):
+    assert (old != new).any() and ', ' in title
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['augment-sheet', '--config', runs.DIGITS, '--examples=0'], 'examples=0'),
+    (['augment-sheet', '--config', runs.DIGITS, '--config.augment=mixup(0)'],
+     'mixup(alpha)'),
+    (['augment-sheet', '--config', runs.DIGITS, '--examples=1',
+      '--out=/no/such/folder.png'], '--out'),
+    (['bench'], 'There is: augment'),
+    (['bench', 'augment', '--augment=mixup(0.2)'], 'has no op on pixels'),
+    (['bench', 'augment', '--size=8'], 'See --help'),
+])
+def test_sheet_and_bench_with_bad_input(flags, message, capsys):
+  assert command_line.main(flags) == 2
+  error = capsys.readouterr().err
+  assert message in error and len(error.splitlines()) == 2
+
+
+@pytest.mark.slow
+def test_bench_augment(capsys):
+  assert command_line.main(
+      ['bench', 'augment', '--size=32', '--batch=2', '--repeats=1',
+       '--augment=randaug(1, 10)']) == 0
+  lines = capsys.readouterr().out.splitlines()
+  assert [line.split()[0] for line in lines[1:]] == [
+      'loop', 'switched', 'batched', 'scattered']
+
+
+@pytest.mark.slow
+def test_bench_augment_of_a_step(capsys):
+  assert command_line.main(
+      ['bench', 'augment', '--size=32', '--batch=2', '--repeats=1',
+       '--step_batch=8', '--model=micro', '--augment=randaug(1, 10)']) == 0
+  assert 'a share of' in capsys.readouterr().out
+
+
+def test_help_of_a_benchmark(capsys):
+  for flags, text in ((['bench', '--help'], 'Times parts'),
+                      (['bench', 'augment', '--help'], '--step_batch')):
+    assert command_line.main(flags) == 0
+    assert text in capsys.readouterr().out

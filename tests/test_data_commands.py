@@ -47,7 +47,7 @@ def test_check_data_compares_with_the_config(tmp_path, capsys):
   root = tree(tmp_path)
   config = os.path.join(runs.ROOT, 'configs', 'vit_c_i1k.py')
   assert command_line.main(
-      ['check-data', '--config', f'{config}:path={root}']) == 2
+      ['check-data', '--config', f'{config}:data={root}']) == 2
   out = capsys.readouterr().out
   for line in ('6 training examples, and 1,281,167 are expected',
                '2 classes, and 1,000 are expected',

@@ -37,28 +37,35 @@ import input_pipeline
 from input_pipeline import sources
 from tests import test_config
 from vit_jax import config as config_lib
+from vit_jax import models
 from vit_jax import recipes
 from vit_jax import sharding
 from vit_jax import train
+from vit_jax.pretrained import files
+from vit_jax.pretrained import writers
 
 SOME_PATHS = ('stem/projection/.*',)
 SIZED = {'input.pp': 'decode|resize(32)',
          'input.eval_pp': 'decode|resize(32)'}
 TFDS = {'input.source': 'tfds', 'input.path': 'a_name', **SIZED}
+VIT_P = {'model.stem': 'patchify', 'model.pool': 'token'}
+CONV = {'model.stem': 'conv'}
 PYCLS = dict(name='pycls', alpha=1e-5, every_steps=32)
-# leaf: (what it changes, another value), then changes that both arms have.
+# leaf: (what it changes, another value or {present value: another}, with ... as
+# the default), then changes that both arms have.
 # A key of several parts in the last dict, or a dict, replaces a section.
 EFFECTS = {
     'seed': ('init', 1),
     'data_seed': ('batches', 7),
-    'total_epochs': ('schedule', 30.0),
-    'global_batch_size': ('batches', 4096),
+    'total_epochs': ('schedule', {300.0: 200.0, ...: 30.0}),
+    'global_batch_size': ('batches', {4096: 2048, ...: 4096}),
     'input.source': ('data', 'arrays', SIZED),
     'input.path': ('data', '/elsewhere', {'input.source': 'arrays', **SIZED}),
     'input.classes': ('data', 'CLASSES'),
     'input.holdout': ('data', 0.2, {'input.source': 'arrays', **SIZED}),
     'input.channels': ('batches', 1,
-                       {'input.mean': (0.5,), 'input.std': (0.5,)}),
+                       {'input.mean': (0.5,), 'input.std': (0.5,),
+                        'augment': ''}),
     'input.epoch': ('schedule', {'exact': 'floor', 'floor': 'exact'}),
     'input.repeats': ('batches', 3),
     'input.pp': ('batches', 'decode|resize(32)|flip_lr', SIZED),
@@ -73,10 +80,12 @@ EFFECTS = {
     'input.std': ('step', (0.4,)),
     'input.num_train': ('refused', 5),
     'input.num_classes': ('refused', 5),
+    'augment': ('step', 'randaug(2, 10)|mixup(0.2)'),
+    'augment_driver': ('step', 'batched', {'augment': 'randaug(2, 10)'}),
+    'augment_on': ('step', 'host', {'augment': 'randaug(2, 10)'}),
     'model.size': ('init', {
-        'micro': 'S/16', '4GF': 'S/16', 'Mixer-micro': 'Mixer-S/16',
-        'BiT-micro': 'BiT-R50x1'}),
-    'model.stem': ('init', 'patchify'),
+        'Mixer-micro': 'Mixer-S/16', 'BiT-micro': 'BiT-R50x1', ...: 'S/16'}),
+    'model.stem': ('init', {'patchify': 'conv', ...: 'patchify'}),
     'model.pool': ('init', {'gap': 'token', 'token': 'gap'}),
     'model.pre_logits': ('init', True),
     'model.pos_embedding': ('init', 'sincos2d'),
@@ -84,15 +93,16 @@ EFFECTS = {
     'model.norm_eps': ('step', 1e-5),
     'model.init': ('init', 'big_vision'),
     'model.head_bias': ('init', -10.0),
-    'model.dropout': ('step', 0.1),
-    'model.stochastic_depth': ('step', 0.1),
-    'model.batch_norm': ('step', 'frozen'),
-    'model.batch_norm_group': ('step', 32),
+    'model.dropout': ('step', {0.1: 0.2, ...: 0.1}),
+    'model.stochastic_depth': ('step', {0.1: 0.2, ...: 0.1}),
+    'model.batch_norm': ('step', 'frozen', CONV),
+    'model.batch_norm_group': ('step', 32, CONV),
     'model.dtype': ('step', 'bfloat16'),
     'model.scan': ('init', {False: True, True: False}),
     'model.remat': ('step', 'full'),
-    'loss.name': ('step', 'sigmoid_xent'),
-    'loss.label_smoothing': ('step', 0.0),
+    'loss.name': ('step', {
+        'sigmoid_xent': 'softmax_xent', ...: 'sigmoid_xent'}),
+    'loss.label_smoothing': ('step', {0.0: 0.1, ...: 0.0}),
     'optimizer.name': ('step', 'SECTION'),
     'optimizer.lr': ('schedule', 3e-4),
     'optimizer.weight_decay': ('inputs', 0.3),
@@ -101,12 +111,13 @@ EFFECTS = {
     'optimizer.eps': ('step', 1e-7),
     'optimizer.momentum': ('step', 0.8),
     'optimizer.nesterov': ('step', False),
-    'optimizer.clip_norm': ('step', 1.0),
+    'optimizer.clip_norm': ('step', {1.0: 2.0, ...: 1.0}),
     'optimizer.decay': ('step', ('.*',)),
     'schedule.name': ('schedule', 'linear'),
     'schedule.warmup_epochs': ('schedule', 1.0),
+    'schedule.warmup_steps': ('schedule', 1000),
     'schedule.warmup_start': ('schedule', 0.3),
-    'schedule.cooldown_epochs': ('schedule', 1.0),
+    'schedule.cooldown_epochs': ('schedule', 20.0),
     'schedule.final': ('schedule', 0.1),
     'schedule.per': ('schedule', {'step': 'epoch', 'epoch': 'step'}),
     'schedule.progress': ('schedule', {'after_warmup': 'from_start',
@@ -115,11 +126,16 @@ EFFECTS = {
     'ema.decay': ('step', 0.9),
     'ema.alpha': ('step', 2e-5),
     'ema.every_steps': ('step', 16),
-    'precise_bn.examples': ('estimate', 4096),
-    'frozen': ('init', SOME_PATHS),
+    'precise_bn.examples': ('estimate', 4096, CONV),
+    'frozen': ('init', SOME_PATHS, CONV),
     'init_from.run': ('init', 'FINISHED'),
     'init_from.weights': (
         'init', 'raw', {'init_from.run': 'FINISHED'}),
+    'init_from.checkpoint': ('init', 'RELEASED', VIT_P),
+    'init_from.resize': (
+        'init', 'antialias', {**VIT_P, 'init_from.checkpoint': 'RELEASED'}),
+    'init_from.channels': (
+        'init', 'bgr', {**VIT_P, 'init_from.checkpoint': 'RELEASED'}),
     'init_from.paths': (
         'init', SOME_PATHS, {'init_from.run': 'FINISHED'}),
     'init_from.reset': (
@@ -127,13 +143,15 @@ EFFECTS = {
     'mesh.data': ('refused', 3),
     'prefetch': ('prefetch', 3),
     'log.every_steps': ('log', 30),
-    'eval.every_epochs': ('eval', 2.0),
+    'eval.every_epochs': ('eval', {10.0: 1.0, ...: 2.0}),
     'eval.batch_size': ('batches', 64),
     'evaluators.test.name': ('refused', 'regression'),
     'evaluators.test.split': ('refused', 'val'),
     'evaluators.val.name': ('refused', 'regression'),
     'evaluators.val.split': ('batches', 'test'),
-    'checkpoint.every_epochs': ('checkpoint', 2.0),
+    'evaluators.minival.name': ('refused', 'regression'),
+    'evaluators.minival.split': ('batches', 'test'),
+    'checkpoint.every_epochs': ('checkpoint', {10.0: 1.0, ...: 2.0}),
     'checkpoint.keep_last': ('keep', 3),
     'checkpoint.keep_best': ('keep', ''),
     'compilation_cache': ('cache', ''),
@@ -143,7 +161,8 @@ EFFECTS = {
 SECTIONS = {
     'optimizer.name': {'adamw': recipes.sgd(1.0, 1e-4),
                        'sgd': recipes.adamw(1e-3, 0.1)},
-    'ema.name': {'decay': PYCLS, 'pycls': dict(name='decay', decay=0.99)},
+    'ema.name': {'none': PYCLS, 'decay': PYCLS,
+                 'pycls': dict(name='decay', decay=0.99)},
 }
 CONFIGS = {
     # Scanned: traced in a fraction of the time.
@@ -151,6 +170,10 @@ CONFIGS = {
     'digits_sgd': ('digits.py', 'stem=patchify_bn,optimizer=sgd',
                    {'model.scan': True}),
     'vit_c_i1k': ('vit_c_i1k.py', None, {'model.scan': True}),
+    'vit_c_i21k': ('vit_c_i21k.py', None, {'model.scan': True}),
+    'augreg': ('augreg.py', None, {'model.scan': True}),
+    'augreg_tfds': ('augreg.py', 'data=tfds:a_name', {'model.scan': True}),
+    'from_scratch_small': ('from_scratch_small.py', None, {'model.scan': True}),
     'mixer': ('digits.py', None, {
         'model': recipes.mixer('Mixer-micro'), 'model.scan': True}),
     'bit': ('digits.py', None, {'model': recipes.bit('BiT-micro')}),
@@ -188,12 +211,14 @@ def build(name, changes, tmp_path, request):
   c.compilation_cache = str(tmp_path / 'xla')
   for path, value in (*always.items(), *changes.items()):
     if value == 'CLASSES':
-      count = 1000 if name == 'vit_c_i1k' else 10
+      count = 10 if file == 'digits.py' else 1000
       value = str(tmp_path / 'classes.json')
       with open(value, 'w') as f:
         json.dump([f'class {i}' for i in range(count)], f)
     elif value == 'FINISHED':
       value = request.getfixturevalue('finished')[0]
+    elif value == 'RELEASED':
+      value = released(c, tmp_path)
     *parents, leaf = path.split('.')
     section = c
     for parent in parents:
@@ -203,8 +228,25 @@ def build(name, changes, tmp_path, request):
     if value == 'SECTION':
       c[parents[0]] = ConfigDict(SECTIONS[path][section[leaf]])
     else:
-      section[leaf] = value[section[leaf]] if isinstance(value, dict) else value
+      if isinstance(value, dict):
+        value = value.get(section[leaf], value.get(...))
+      section[leaf] = value
   return c
+
+
+def released(config, tmp_path):
+  """A file of weights in timm's names, for images of twice the size."""
+  model = models.create(
+      num_classes=10, **train.train_state.model_fields(config.model, ()))
+  images = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+      lambda x: rng.normal(size=x.shape).astype(np.float32), jax.eval_shape(
+          lambda key, x: model.init(key, x, train=False), jax.random.key(0),
+          images)['params'])
+  path = str(tmp_path / 'released.safetensors')
+  files.write_safetensors(path, writers.arrays(params, 'timm'))
+  return path
 
 
 def observe(config, what, tmp_path, monkeypatch):
@@ -280,12 +322,13 @@ def observe(config, what, tmp_path, monkeypatch):
       seen['asked'] = real, path, holdout, options
       if real == 'digits':
         return sources.digits(path, holdout, classes)
-      count = 1_281_167 if real == 'folder' else 4000
+      count = 4000 if real == 'arrays' else 1_281_167
       held = int(count * holdout)
       return sources.Splits(
           renamed(Noise(count), classes),
-          {'val': renamed(Noise(held), classes),
-           'test': renamed(Noise(held // 2, first=5), classes)})
+          {part: renamed(Noise(held // n, first=first), classes)
+           for n, (part, first) in enumerate(
+               (('val', 0), ('test', 5), ('minival', 3)), 1)})
     return read
 
   with monkeypatch.context() as patch, contextlib.ExitStack() as stack:
@@ -357,7 +400,8 @@ def leaves():
   for name, (file, args, always) in CONFIGS.items():
     c = test_config.load(f'{test_config.ROOT}/configs/{file}', args)
     c.model = always.get('model', c.model)
-    part = {'digits_sgd': 'optimizer.', 'mixer': 'model.', 'bit': 'model.'}
+    part = {'digits_sgd': 'optimizer.', 'augreg_tfds': 'evaluators.',
+            'mixer': 'model.', 'bit': 'model.'}
     for path in sorted(config_lib.flatten(c.to_dict())):
       if path.startswith(part.get(name, '')):
         marks = [pytest.mark.slow] if path in shown else []
@@ -378,7 +422,8 @@ def test_an_unchanged_config_is_observed_equal_twice(
 def test_every_leaf_has_an_effect(name, path, tmp_path, request, monkeypatch):
   assert path in EFFECTS, 'say here what the key changes'
   what, value, given = (*EFFECTS[path], {})[:3]
-  if name == 'vit_c_i1k' and 'FINISHED' in (value, *given.values()):
+  if CONFIGS[name][0] != 'digits.py' and {'FINISHED', 'RELEASED'} & {
+      str(v) for v in (value, *given.values())}:
     return  # the same code as in digits, and there are no such weights
   changed = build(name, {**given, path: value}, tmp_path, request)
   if what == 'refused':

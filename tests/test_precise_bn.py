@@ -9,6 +9,7 @@ from tests.test_batch_norm import B
 from tests.test_batch_norm import close
 from tests.test_batch_norm import moments
 from tests.test_batch_norm import normalized
+from vit_jax import augment
 from vit_jax import param_paths
 from vit_jax import precise_bn
 from vit_jax import sharding
@@ -16,7 +17,7 @@ from vit_jax import train_state
 from vit_jax import train_step
 from vit_jax.models import vit
 
-NORMALIZE = train_step.normalizer((0.5,), (0.25,), 3)
+PLAIN = augment.none(train_step.normalizer((0.5,), (0.25,), 3))
 # Darker from image to image, so that batches and groups differ.
 IMAGES = np.random.default_rng(3).integers(
     0, 256, (4, B, 32, 32, 3)) * 50 // np.arange(50, 50 + 4 * B).reshape(
@@ -53,9 +54,10 @@ def setup(stem='conv', group=0, batch_norm='train', num_devices=8):
       ema={'params': draw(params), 'batch_stats': draw(stats)}, opt_state={},
       first_nonfinite_step=-1)
 
-  def create(examples, batches=train_batches):
+  def create(examples, batches=train_batches, augment=PLAIN):
     return precise_bn.create(
-        dict(examples=examples), model, variables, NORMALIZE, batches, B, mesh)
+        dict(examples=examples), model, variables, augment, batches, B, mesh,
+        jax.random.key(0, impl='threefry2x32'))
   return create, state
 
 
@@ -121,8 +123,8 @@ def test_raw_and_averaged_weights_compile_once_and_only_the_stem():
   assert len(compiled) == 1
   images = jax.ShapeDtypeStruct((B, 32, 32, 3), np.uint8)
   model = vit.create(size='micro', stem='conv', num_classes=3, scan=True)
-  text = jax.jit(precise_bn.make_moments(model, NORMALIZE)).lower(
-      state.variables(), images).compile().as_text()
+  text = jax.jit(precise_bn.make_moments(model, PLAIN)).lower(
+      state.variables(), images, jax.random.key(0), 0).compile().as_text()
   assert 'stem/conv_2' in text
   assert 'while(' not in text and 'encoder' not in text
 
@@ -164,3 +166,21 @@ def test_less_than_no_examples():
   with pytest.raises(ValueError, match=r'precise_bn.examples=-1') as e:
     setup()[0](-1)
   assert len(str(e.value).splitlines()) == 2
+
+
+class Darkened:
+  """An Augment that darkens from step to step, and cannot mix."""
+
+  def examples(self, images, key, step):
+    assert jax.random.key_data(key).shape == (2,)
+    return PLAIN.normalize(images >> (step + 1).astype(np.uint8))
+
+
+def test_it_sees_examples_that_are_augmented_but_not_mixed():
+  create, state = setup()
+  new = create(2 * B, augment=Darkened())(state)
+  expected = expected_stats(
+      state.variables(), B, [IMAGES[0] >> 1, IMAGES[1] >> 2])
+  for path, value in param_paths.flatten(new.batch_stats).items():
+    assert np.abs(value - expected[path]).max() < (
+        1e-5 * np.abs(expected[path]).max()), path

@@ -80,6 +80,17 @@ def test_two_steps_and_two_resumed_are_four(finished, cache, tmp_path):
   assert [e.step for e in events.Scalars('train/loss')] == [1, 2, 3, 4]
 
 
+def test_resuming_augments_as_before(cache, tmp_path):
+  options = dict(augment='randaug(2, 10)|mixup(0.2)', model__stem='patchify',
+                 eval__every_steps=0, checkpoint__keep_best='')
+  whole, half = str(tmp_path / 'whole'), str(tmp_path / 'half')
+  train.train_and_evaluate(runs.short(cache, **options), whole)
+  shutil.copytree(whole, half)
+  shutil.rmtree(os.path.join(half, 'checkpoints', '4'))
+  train.train_and_evaluate(runs.short(cache, **options), half)
+  assert runs.digest(half) == runs.digest(whole)
+
+
 def test_a_finished_run_is_left_as_it_is(finished, cache):
   workdir, _ = finished
   before = runs.digest(workdir)
@@ -132,7 +143,7 @@ def test_weights_of_another_run(finished, cache, tmp_path):
   workdir, _ = finished
   c = runs.short(cache, steps=10, optimizer__lr=0.0,
             eval__every_steps=5)
-  c.init_from = dict(run=workdir, weights='raw', paths=('stem/.*', 'head/.*'),
+  c.init_from.update(run=workdir, weights='raw', paths=('stem/.*', 'head/.*'),
                      reset=('head/bias',))
   c.frozen = ('stem/.*',)
   c.precise_bn.examples = 64  # which a frozen BatchNorm has no use for

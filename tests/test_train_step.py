@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vit_jax import augment
 from vit_jax import durations
 from vit_jax import ema
 from vit_jax import optimizer
@@ -44,9 +45,9 @@ def build(stem, num_devices=1, frozen=(), optimizer_name='adamw', average=True):
   init_fn, abstract = train_state.init(
       model, (32, 32, 3), make_tx, frozen, average, mesh)
   loss_fn = train_step.make_classification_loss(
-      model, 10, NORMALIZE, dict(name='softmax_xent', label_smoothing=0.1))
+      model, 10, dict(name='softmax_xent', label_smoothing=0.1))
   step = train_step.make(
-      loss_fn, make_tx, schedules.create(
+      loss_fn, augment.none(NORMALIZE), make_tx, schedules.create(
           recipes.cosine(1.0, warmup_start=0.5), UNITS, STEPS),
       alpha if average else None)
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
@@ -135,7 +136,7 @@ def test_a_non_finite_loss_leaves_its_step_in_the_state():
 def test_label_smoothing_has_a_range():
   with pytest.raises(ValueError, match='label_smoothing'):
     train_step.make_classification_loss(
-        None, 10, NORMALIZE, dict(name='softmax_xent', label_smoothing=1.0))
+        None, 10, dict(name='softmax_xent', label_smoothing=1.0))
 
 
 def test_normalisation_is_of_fractions():

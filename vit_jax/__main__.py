@@ -9,8 +9,13 @@ COMMANDS = {
     'train': ('vit_jax.train', 'train a model as a config says'),
     'plan': ('vit_jax.commands.plan', 'what a config will compute and cost'),
     'check-data': ('vit_jax.commands.check_data', 'decodes, counts all images'),
+    'pack': ('vit_jax.commands.pack', 'smaller copies of images, in few files'),
+    'augment-sheet': (
+        'vit_jax.commands.augment_sheet', 'images before and after the ops'),
+    'bench': ('vit_jax.commands.bench', 'times parts of the program'),
     'soak': ('vit_jax.commands.soak', 'memory of the input pipeline over time'),
     'doctor': ('vit_jax.commands.doctor', 'versions, devices, mismatches'),
+    'zoo': ('vit_jax.commands.zoo', 'released checkpoints: list, download'),
     'results': ('vit_jax.commands.results', 'final metrics of runs, by config'),
 }
 
@@ -20,7 +25,7 @@ def main(argv=None):
   argv = sys.argv[1:] if argv is None else list(argv)
   if not argv or argv[0] in ('-h', '--help', 'help'):
     print('usage: vit-jax COMMAND ...\n\n' + '\n'.join(
-        f'  {name:10} {line}' for name, (_, line) in COMMANDS.items())
+        f'  {name:13} {line}' for name, (_, line) in COMMANDS.items())
         + '\n\nvit-jax COMMAND --help says more.')
     return 0
   name, rest = argv[0], argv[1:]
@@ -31,7 +36,8 @@ def main(argv=None):
     return 2
   module = COMMANDS[name][0]
   if any(a in ('-h', '--help') for a in rest):
-    print(docstring(module))
+    part = f'{module}_{rest[0]}'  # of `bench augment`: bench_augment
+    print(docstring(part if importlib.util.find_spec(part) else module))
     return 0
   return importlib.import_module(module).main(rest)
 

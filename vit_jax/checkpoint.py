@@ -3,7 +3,7 @@
 Where a run's state comes from, first match wins:
   1. the newest readable checkpoint of its own workdir;
   2. with --fork, the newest readable checkpoint of the run it forks from;
-  3. `init_from.run`: weights only, at step 0;
+  3. `init_from`: weights only, at step 0, of a run or of a released file;
   4. the initialisation.
 """
 import contextlib
@@ -17,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from vit_jax import param_paths
+from vit_jax import pretrained
 from vit_jax.metric_writer import is_remote
 from vit_jax.metric_writer import say
 
@@ -231,24 +232,35 @@ def check_disk(workdir, abstract_state):
         '--workdir.')
 
 
-def init_from(config, variables):
-  """Reads the weights of another run that a config section asks for.
+def init_from(config, variables, grid=None):
+  """Reads the weights, of another run or file, that a config section asks for.
 
   Args:
-    config: `run` (a workdir; '' for none), `weights` (ema | raw), `paths` and
-      `reset` (regexes of parameters and statistics to take, and of those among
-      them to leave as initialised).
+    config: `run` (a workdir; '' for none), `weights` (ema | raw), `checkpoint`
+      (a released file; '' for none), `resize` and `channels` (see
+      `pretrained.load`), `paths` and `reset` (regexes of parameters and
+      statistics to take, and of those among them to leave as initialised).
     variables: {'params', 'batch_stats'}: the model's shapes.
+    grid: (h, w) of the model's tokens, or None.
 
   Returns:
-    {'params': {path: array}, 'batch_stats': ...}, empty without a run.
+    {'params': {path: array}, 'batch_stats': ...}, empty if nothing is asked.
 
   Raises:
-    ValueError: no such run, a wanted leaf that it lacks or that has another
-      shape, a pattern that matches nothing.
+    ValueError: no such run or file, both of them, a wanted leaf that it lacks
+      or that has another shape, a pattern that matches nothing.
   """
-  run, weights = config['run'], config['weights']
+  run, weights, file = config['run'], config['weights'], config['checkpoint']
   paths, reset = tuple(config['paths']), tuple(config['reset'])
+  options = {key: config[key] for key in ('resize', 'channels')}
+  if run and file:
+    raise ValueError(f'init_from.run={run} and init_from.checkpoint={file} are '
+                     'both given.\nKeep one of them.')
+  if file:
+    given, report = pretrained.load(
+        file, variables, paths=paths, reset=reset, grid=grid, **options)
+    say(f'init_from: {report}')
+    return given
   if not run:
     return {}
   loaded = load_weights(run, weights)

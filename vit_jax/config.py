@@ -18,7 +18,7 @@ from vit_jax import durations
 # is computed; a change of those is another experiment.
 HOW = ('mesh', 'prefetch', 'log', 'eval', 'evaluators', 'checkpoint',
        'wandb', 'compilation_cache', 'model.remat', 'input.path',
-       'input.data_dir')
+       'input.data_dir', 'augment_driver', 'augment_on')
 
 
 def is_how(path):

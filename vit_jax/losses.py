@@ -1,13 +1,21 @@
-"""Losses of logits against integer labels, per example, in float32."""
+"""Losses of logits against distributions, per example, in float32."""
 import jax
 import jax.numpy as jnp
 import optax
 
 
 def smoothed(labels, num_classes, label_smoothing):
-  """One-hot [B, C]: 1 - e + e/C on the label, e/C elsewhere (pycls, timm)."""
-  one_hot = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
-  return one_hot * (1 - label_smoothing) + label_smoothing / num_classes
+  """float32 [B, C]: 1 - e + e/C on the label, e/C elsewhere (pycls, timm).
+
+  Args:
+    labels: int32 [B], or float32 [B, C] of weights that sum to 1. Smoothing
+      what was mixed is the same as mixing what was smoothed, as pycls does.
+    num_classes: C.
+    label_smoothing: e.
+  """
+  if labels.ndim == 1:
+    labels = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
+  return labels * (1 - label_smoothing) + label_smoothing / num_classes
 
 
 def softmax_xent(logits, targets):

@@ -18,13 +18,14 @@ from vit_jax import distributed
 from vit_jax import sharding
 
 
-def create(config, model, variables, normalize, train_batches, batch_size,
-           mesh):
+def create(config, model, variables, augment, train_batches, batch_size, mesh,
+           key):
   """Returns `estimate(state, should_stop) -> state`.
 
   It replaces the state's statistics, and those beside its averages, by the
   mean over batches of the batches' moments: the first batches of the training
-  order, preprocessed as in training. Their variance is the mean of variances,
+  order, preprocessed and augmented as in training, but for what mixes examples,
+  as in pycls. Their variance is the mean of variances,
   as in pycls, which leaves out how far the batches' means lie apart. A state
   of a model without BatchNorm, or with a frozen one, stays as it is. If
   `should_stop()` turns true between two batches, the state stays as it is, too.
@@ -34,11 +35,12 @@ def create(config, model, variables, normalize, train_batches, batch_size,
       0: none, the running statistics stay.
     model: linen module with the fields of `models.stems` in `stem`.
     variables: its variables or their shapes.
-    normalize: see `train_step.normalizer`.
+    augment: see `augment.create`.
     train_batches: returns an iterator over this process's part of the training
       batches, from the first on.
     batch_size: of those, over all devices and processes.
     mesh: see `sharding`.
+    key: of the run.
 
   Raises:
     ValueError: a negative number of examples.
@@ -52,7 +54,7 @@ def create(config, model, variables, normalize, train_batches, batch_size,
     return lambda state, should_stop=None: state
   num_batches = -(-examples // batch_size)
   moments = jax.jit(
-      make_moments(model, normalize), out_shardings=sharding.replicated(mesh))
+      make_moments(model, augment), out_shardings=sharding.replicated(mesh))
 
   def estimate(state, should_stop=lambda: False):
     nonlocal moments
@@ -63,11 +65,12 @@ def create(config, model, variables, normalize, train_batches, batch_size,
     batches = input_pipeline.to_device.prefetch(
         itertools.islice(train_batches(), num_batches), sharding.batch(mesh))
     with batches, sharding.tracing(mesh):
-      for batch in batches:
+      for i, batch in enumerate(batches):
         if should_stop():
           return state
-        moments = distributed.compiled(moments, weights[0], batch['image'])
-        new = [moments(v, batch['image']) for v in weights]
+        args = batch['image'], key, np.int32(i)
+        moments = distributed.compiled(moments, weights[0], *args)
+        new = [moments(v, *args) for v in weights]
         # Summed in float64, on the host: a few thousand numbers.
         new = jax.tree.map(np.float64, jax.device_get(new))
         total = new if total is None else jax.tree.map(np.add, total, new)
@@ -83,8 +86,10 @@ def create(config, model, variables, normalize, train_batches, batch_size,
   return estimate
 
 
-def make_moments(model, normalize):
-  """Returns `moments(variables, images uint8 [B, H, W, C]) -> batch_stats`.
+def make_moments(model, augment):
+  """Returns `moments(variables, images, key, step) -> batch_stats`.
+
+  The images are uint8 [B, H, W, C], those of a training step; key: the run's.
 
   With momentum 0 the running statistics become the moments of the batch (with
   groups: the mean of those of its groups). Nothing else is returned, so that
@@ -92,9 +97,10 @@ def make_moments(model, normalize):
   """
   probe = model.clone(stem=model.stem.clone(bn_momentum=0.0))
 
-  def moments(variables, images):
+  def moments(variables, images, key, step):
     _, new = probe.apply(
-        variables, normalize(images), train=True, mutable=['batch_stats'],
+        variables, augment.examples(images, key, step), train=True,
+        mutable=['batch_stats'],
         # For the blocks, which are behind all BatchNorms: any key will do.
         rngs={'dropout': jax.random.key(0)})
     return new['batch_stats']

@@ -24,6 +24,10 @@ TUNED = {
 SIMPLE = {'1GF': (1.0e-3, 0.24), '4GF': (1.0e-3, 0.24), '16GF': (1.0e-3, 0.24),
           '18GF': (1.0e-3, 0.24), '36GF': (6.0e-4, 0.28),
           '72GF': (6.0e-4, 0.15)}
+# Stems of the paper's ablations (Table 3, Figure 7), and the stem whose row of
+# TUNED they take: their own tuned numbers are not in the paper.
+ABLATION_STEMS = {'S1': 'conv', 'S2': 'conv', 'S3': 'conv', 'S4': 'conv',
+                  'conv_ln': 'conv', 'patchify_bn': 'patchify'}
 # Images whose BatchNorm statistics are taken together: those of one GPU in the
 # authors' configs (8, 16 or 32 GPUs at batch 2048; 32 or 64 at 4096). For 16GF
 # and 72GF we know of none and take those of 4GF (the same stem) and of 36GF.
@@ -31,6 +35,37 @@ BATCH_NORM_GROUP = {'1GF': 256, '4GF': 256, '16GF': 256, '18GF': 128,
                     '36GF': 64, '72GF': 64}
 # Images on which they are estimated again before an evaluation (pycls).
 PRECISE_BN = 8192
+
+# AugReg ("How to train your ViT?", arXiv 2106.10270, section 3.3): RandAugment
+# layers and magnitude, mixup alpha. light1 is not nothing: of its ops most do
+# something at magnitude 0, too.
+AUGREG = {'none': (0, 0, 0.0), 'light1': (2, 0, 0.0), 'light2': (2, 10, 0.2),
+          'medium1': (2, 15, 0.2), 'medium2': (2, 15, 0.5),
+          'strong1': (2, 20, 0.5), 'strong2': (2, 20, 0.8)}
+# What the names of the released files call them: light1 is the paper's light2.
+AUGREG_FILES = {'none': 'none', 'light0': 'light1', 'light1': 'light2',
+                'medium1': 'medium1', 'medium2': 'medium2',
+                'strong1': 'strong1', 'strong2': 'strong2'}
+# The setting of each model: data set -> model -> (augmentation, dropout and
+# stochastic depth, weight decay). i21k: the released checkpoint with the best
+# validation accuracy. i1k: the best column of Figure 4 (300 epochs, minival),
+# among equals the lightest; the figure does not say which decay, so it is the
+# one that big_vision's configs have.
+AUGREG_BEST = {
+    'i21k': {
+        'R+Ti/16': ('none', 0.0, 0.03), 'Ti/16': ('none', 0.0, 0.03),
+        'S/32': ('none', 0.0, 0.1), 'S/16': ('light2', 0.0, 0.03),
+        'B/32': ('light2', 0.0, 0.1), 'R26+S/32': ('light2', 0.0, 0.1),
+        'B/16': ('medium1', 0.0, 0.1), 'B/8': ('medium2', 0.0, 0.1),
+        'R50+L/32': ('medium1', 0.1, 0.1), 'L/16': ('strong1', 0.0, 0.1)},
+    'i1k': {
+        'R+Ti/16': ('light1', 0.0, 0.1), 'Ti/16': ('light1', 0.0, 0.1),
+        'S/32': ('light2', 0.0, 0.1), 'S/16': ('medium2', 0.0, 0.1),
+        'B/32': ('medium2', 0.1, 0.1), 'R26+S/32': ('medium1', 0.1, 0.1),
+        'B/16': ('medium2', 0.1, 0.1), 'R50+L/32': ('medium2', 0.1, 0.1),
+        'L/16': ('medium2', 0.1, 0.1)},
+}
+
 # pycls decays everything but norms and biases, so the class token and the
 # position embedding too; big_vision decays kernels only.
 DECAY_PAPER = (r'(.*/)?(kernel|cls|pos_embedding)',)
@@ -44,13 +79,13 @@ def base():
   """Every key of a run with its default; configs change what they mean to."""
   c = ConfigDict()
   # --- what is computed
-  c.seed = 0          # initialisation and dropout
+  c.seed = 0          # initialisation, augmentation and dropout
   c.data_seed = -1    # order and host crops; -1: the same number as seed
   c.total_epochs = 50.0
   c.global_batch_size = 2048  # over all devices and processes
 
   c.input = dict(
-      source='digits',  # digits | arrays | folder | tfds
+      source='digits',  # digits | arrays | folder | tfds | packed | made
       path='',          # of the .npz file or the folder; tfds: name:version
       classes='',       # a classes.json that fixes the order of classes
       holdout=0.1,      # evaluation share where the data has no such part
@@ -69,6 +104,9 @@ def base():
       stream=False,     # stream TFRecord files of a local disk, too
       window=16384,     # records within which a stream is shuffled
   )
+  # In the training step: ops of vit_jax/augment, such as
+  # 'randaug(2, 10)|mixup(0.2)'; '': none.
+  c.augment = ''
   c.model = dict(
       size='4GF', stem='conv', pool='token', pre_logits=False,
       pos_embedding='learned', gelu='erf', norm_eps=1e-6, init='paper',
@@ -87,11 +125,16 @@ def base():
   c.init_from = dict(
       run='',           # a workdir whose newest checkpoint gives weights
       weights='ema',    # ema | raw; ema falls back to raw where there is none
+      checkpoint='',    # a released .npz, .safetensors or torch file instead
+      resize='aligned',  # position embeddings: aligned (reference) | antialias
+      channels='auto',  # auto | rgb | bgr: what the file was trained on
       paths=('.*',),    # regexes of the parameters taken
       reset=())         # regexes of those left at their initialisation
   # --- how it is done
   c.mesh = dict(data=-1)
   c.prefetch = 2      # batches ahead on the device
+  c.augment_driver = 'auto'  # loop (for CPUs) | batched: the same bits
+  c.augment_on = 'device'    # host: what is on uint8, before the transfer
   c.log = dict(every_steps=50)
   c.eval = dict(every_epochs=1.0, batch_size=0)  # 0: the training batch
   c.evaluators = dict(test=dict(name='classification', split='test'))
@@ -143,13 +186,149 @@ def pycls_cosine():
                 progress='from_start')
 
 
+def vit_c_rates(stem, size, optimizer, settings):
+  """(lr, weight decay) of the paper, for batch 2048.
+
+  Args:
+    stem: 'conv', 'patchify' or a key of `ABLATION_STEMS`.
+    size: '1GF' to '36GF'; 'micro' is given the numbers of 1GF.
+    optimizer: 'adamw' or 'sgd'.
+    settings: 'simple' (section 6) or 'tuned' (Table 4).
+
+  Raises:
+    ValueError: the paper has no such row.
+  """
+  if stem in ABLATION_STEMS and size not in ('4GF', 'micro'):
+    raise ValueError(
+        f'The paper has no stem={stem} at size={size}.\n'
+        f'Take size=4GF, or stem=conv or patchify.')
+  row = '1GF' if size == 'micro' else size
+  if settings == 'simple':
+    if optimizer != 'adamw':
+      raise ValueError(
+          f'The simple settings (section 6) have no row for {optimizer}.\n'
+          f'Take optimizer=adamw, or settings=tuned with size=4GF.')
+    return SIMPLE[row]
+  pair = TUNED.get((ABLATION_STEMS.get(stem, stem), row))
+  if not pair:
+    raise ValueError(
+        f'The tuned settings (Table 4) have no row for size={size}.\n'
+        f'Take settings=simple, or size=4GF.')
+  return pair[('adamw', 'sgd').index(optimizer)]
+
+
+def vit_c_augment(aug='auto', erasing=0.0):
+  """The line `augment` of the paper's recipe, or of its Table 5.
+
+  Args:
+    aug: 'auto', or 'rand': timm's RandAugment as DeiT has it.
+    erasing: probability of random erasing; DeiT has 0.25.
+  """
+  ops = ['autoaugment' if aug == 'auto' else "randaug(2, 9, 'timm')",
+         'pca_jitter(0.1)', f'random_erasing({erasing})' if erasing else '',
+         'mixup_cutmix(0.8, 1.0)']
+  return '|'.join(filter(None, ops))
+
+
+def augreg_setting(dataset, model, epochs=300, aug='best', reg='best',
+                   wd='best'):
+  """What an AugReg setting stands for.
+
+  Args:
+    dataset: 'i1k' or 'i21k'.
+    model: such as 'B/16'.
+    epochs: 300 or 30.
+    aug: a key of `AUGREG`, 'file:' and a key of `AUGREG_FILES`, or 'best'.
+    reg: dropout and stochastic depth, as text, or 'best'.
+    wd: weight decay, as text, or 'best'.
+
+  Returns:
+    (RandAugment layers, magnitude, mixup alpha, dropout and stochastic depth,
+    weight decay).
+
+  Raises:
+    ValueError: unknown `aug`, 'best' where the paper does not tell it, or a
+      length that it does not have.
+  """
+  if (dataset, epochs) == ('i1k', 30):
+    raise ValueError('AugReg trained 30 epochs on ImageNet-21k only.\n'
+                     'Take epochs=300, or dataset=i21k.')
+  table = AUGREG_BEST[dataset]
+  # No AugReg models, but of the same release.
+  row = {'R26+B/32': 'B/32', 'R50+B/16': 'B/16'}.get(model, model)
+  if 'best' in (aug, reg, wd) and row not in table:
+    raise ValueError(
+        f'AugReg has no best setting for {model} on {dataset}.\n'
+        f'Give aug, reg and wd, or take one of {", ".join(table)}.')
+  best = table.get(row, ('', 0.0, 0.0))
+  name = best[0] if aug == 'best' else aug
+  if name.startswith('file:'):
+    name = AUGREG_FILES.get(name.removeprefix('file:'), name)
+  if name not in AUGREG:
+    raise ValueError(choices.unknown(
+        name, [*AUGREG, *(f'file:{n}' for n in AUGREG_FILES)], 'aug'))
+  return (*AUGREG[name], best[1] if reg == 'best' else float(reg),
+          best[2] if wd == 'best' else float(wd))
+
+
+def set_data(c, data):
+  """Points `c.input` at what an argument `data` names.
+
+  Args:
+    c: config.
+    data: a folder, a file that ends in .npz, or tfds:NAME[:VERSION].
+  """
+  if data.startswith('tfds:'):
+    c.input.source, c.input.path = 'tfds', data.removeprefix('tfds:')
+  else:
+    c.input.source = 'arrays' if data.endswith('.npz') else 'folder'
+    c.input.path = data
+
+
+def smoke(c):
+  """Shrinks a config to four steps of a small model on small made images.
+
+  Everything else stays: ops, augmentation, loss, optimizer, schedule's form.
+
+  Args:
+    c: config; changed.
+
+  Returns:
+    c.
+  """
+  if c.input.source != 'digits':
+    c.input.update(source='made', path='', holdout=0.25, stream=False,
+                   data_dir='', train_split='train', eval_split='')
+    for evaluator in c.evaluators.values():
+      evaluator.split = 'val'
+  c.input.update(num_train=0, num_classes=0)
+  for size, small in ((224, 64), (256, 72)):
+    for key in ('pp', 'eval_pp'):
+      c.input[key] = c.input[key].replace(f'({size}', f'({small}')
+  c.global_batch_size, c.eval.batch_size = 8, 8
+  c.model.scan = True  # one block compiles, whatever the depth
+  c.model.batch_norm_group = min(c.model.batch_norm_group, 4)
+  c.precise_bn.examples = min(c.precise_bn.examples, 16)
+  if not c.model.size.startswith('R') and c.model.stem != 'S4':
+    c.model.size = 'micro'
+  for section, key, steps in (
+      (c, 'total', 4), (c.schedule, 'warmup', 1), (c.log, 'every', 1),
+      (c.eval, 'every', 0), (c.checkpoint, 'every', 0)):
+    for unit in ('steps', 'epochs', 'examples', 'percent'):
+      if f'{key}_{unit}' in section:
+        del section[f'{key}_{unit}']
+    section[f'{key}_steps'] = steps
+  return c
+
+
 def parse_args(text, **defaults):
   """Parses the text after the colon: 'stem=conv,size=4GF'.
 
   Args:
     text: str or None.
     **defaults: by name; a tuple lists the choices, its first the default. The
-      type of the default is the type of the argument.
+      type of the default is the type of the argument. For a boolean, its name
+      alone means True.
 
   Returns:
     ConfigDict with a value for each name.
@@ -162,6 +341,9 @@ def parse_args(text, **defaults):
     name, equals, value = (s.strip() for s in part.partition('='))
     if name not in defaults:
       raise ValueError(choices.unknown(name, defaults, 'config argument'))
+    if not equals and isinstance(args[name], bool):
+      args[name] = True
+      continue
     if not equals:
       raise ValueError(f'The config argument {name!r} has no value.\n'
                        f'Write {name}={args[name]}')

@@ -43,6 +43,7 @@ import jax
 
 import input_pipeline
 import vit_jax
+from vit_jax import augment as augment_lib
 from vit_jax import checkpoint
 from vit_jax import checks
 from vit_jax import config as config_lib
@@ -125,8 +126,10 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
   trained, _ = param_paths.split(variables['params'], frozen)
   normalize = train_step.normalizer(
       config.input.mean, config.input.std, data.image_shape[-1])
+  augment = augment_lib.create(
+      config, data.image_shape, len(data.class_names), normalize, mesh)
   loss_fn = train_step.make_classification_loss(
-      model, len(data.class_names), normalize, config.loss)
+      model, len(data.class_names), config.loss)
   make_tx = optimizer.create(config.optimizer, trained)
   schedule = schedules.create(config.schedule, units, total_steps)
   ema_alpha = ema.create(
@@ -134,14 +137,14 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
       durations.to_steps(config.schedule, 'warmup', units, total_steps))
   hypers = train_step.make_hypers(config.optimizer, config.seed, mesh)
   predict = train_step.make_predict(model, normalize)
-  train_batches = functools.partial(
+  train_batches = augment.on_host(functools.partial(
       input_pipeline.train_batches, data, global_batch_size=batch_size,
       data_seed=data_seed, epoch=config.input.epoch,
       repeats=config.input.repeats, process_index=jax.process_index(),
-      process_count=jax.process_count())
+      process_count=jax.process_count()), hypers['key'])
   estimate = precise_bn.create(
-      config.precise_bn, model, variables, normalize, train_batches, batch_size,
-      mesh)
+      config.precise_bn, model, variables, augment, train_batches, batch_size,
+      mesh, hypers['key'])
   evals = evaluators.create(
       config.evaluators, predict, data, mesh,
       config.eval.batch_size or batch_size, estimate)
@@ -150,7 +153,8 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
 
   # Its state: the first match of the list in checkpoint.py.
   checkpoint.check_disk(workdir, abstract_state)
-  given = checkpoint.init_from(config.init_from, variables)
+  given = checkpoint.init_from(
+      config.init_from, variables, models.grid(model, data.image_shape))
   manager = checkpoint.Manager(
       workdir, config.checkpoint.keep_last, config.checkpoint.keep_best)
   prefetch = ranges.check('prefetch', config.prefetch, 1)
@@ -165,11 +169,13 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
   writer = metric_writer.MetricWriter(workdir, start, total_steps, logger)
   say(f'{devices.summary()}\n{workdir}: {param_paths.size(trained):,} trained '
       f'parameters, {units.describe(total_steps)}, starting after {start}\n'
-      f'{optimizer.describe(config.optimizer)}')
+      f'{optimizer.describe(config.optimizer)}\n'
+      f'augment: {config.augment or "none"}')
 
   step_fn = compile_step(
-      train_step.make(loss_fn, make_tx, schedule, ema_alpha), abstract_state,
-      sharding.abstract_batch(data.image_shape, batch_size, mesh), hypers, mesh)
+      train_step.make(loss_fn, augment, make_tx, schedule, ema_alpha),
+      abstract_state, sharding.abstract_batch(
+          data.image_shape, batch_size, mesh), hypers, mesh)
   bad_files = workdir_lib.bad_files(workdir)
   batches = input_pipeline.to_device.prefetch(
       train_batches(start_step=start), sharding.batch(mesh), size=prefetch)

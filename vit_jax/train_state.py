@@ -82,11 +82,7 @@ def model_fields(config, frozen):
       others.
   """
   size = config['size']
-  family = models.family(size)
-  known = set(inspect.signature(family.create).parameters) - {'num_classes'}
-  for key in sorted(set(config) - known):
-    raise ValueError(
-        choices.unknown(key, sorted(known), f'key of model {size}'))
+  known = _check_fields(size, config)
   fields = {key: config[key] for key in config}
   if fields['dtype'] == 'auto':
     on_cpu = jax.default_backend() == 'cpu'
@@ -95,6 +91,31 @@ def model_fields(config, frozen):
       and _is_batch_norm_frozen(size, config['stem'], frozen)):
     fields['batch_norm'] = 'frozen'
   return fields
+
+
+def _check_fields(size, config):
+  """Raises ValueError unless a section has what a size's family takes.
+
+  Returns:
+    The names of all that it takes.
+  """
+  takes = {name: inspect.signature(module.create).parameters
+           for name, (module, _) in models.FAMILIES.items()}
+  family = models.family(size)
+  known = set(takes[family]) - {'num_classes'}
+  needed = {key for key in known if takes[family][key].default is
+            inspect.Parameter.empty}
+  remedy = ('Start it from recipes.base().' if family == 'vit' else
+            f'Let the config say c.model = recipes.{family}({size!r}).')
+  for key in sorted(set(config) - known):
+    if any(key in other for other in takes.values()):
+      raise ValueError(
+          f'A model of size {size!r} takes no model.{key}.\n{remedy}')
+    raise ValueError(choices.unknown(key, sorted(known), 'key of model'))
+  for key in sorted(needed - set(config)):
+    raise ValueError(
+        f'A model of size {size!r} needs a model.{key}.\n{remedy}')
+  return known
 
 
 def _is_batch_norm_frozen(size, stem, frozen):

@@ -34,16 +34,16 @@ def normalizer(mean, std, channels):
   return lambda x: (x.astype(jnp.float32) / 255 - mean) / std
 
 
-def make_classification_loss(model, num_classes, normalize, config):
+def make_classification_loss(model, num_classes, config):
   """Returns the loss function of supervised classification.
 
   A loss function is `loss_fn(params, state, batch, rngs) -> (loss, (state,
-  metrics))`: others (distillation, say) plug in here, not into the loop.
+  metrics))` of a batch that has passed `augment.Augment`: others (distillation,
+  say) plug in here, not into the loop.
 
   Args:
     model: linen module.
     num_classes: C.
-    normalize: see `normalizer`.
     config: `name` (softmax_xent | sigmoid_xent), `label_smoothing` in [0, 1).
   """
   xent = choices.pick(losses.LOSSES, config['name'], 'loss')
@@ -54,8 +54,8 @@ def make_classification_loss(model, num_classes, normalize, config):
 
   def loss_fn(params, state, batch, rngs):
     logits, new = model.apply(
-        state.variables(params), normalize(batch['image']), train=True,
-        rngs=rngs, mutable=['batch_stats'])
+        state.variables(params), batch['image'], train=True, rngs=rngs,
+        mutable=['batch_stats'])
     targets = losses.smoothed(batch['label'], num_classes, smoothing)
     loss = jnp.mean(xent(logits, targets))
     stats = new.get('batch_stats', {})
@@ -64,11 +64,12 @@ def make_classification_loss(model, num_classes, normalize, config):
   return loss_fn
 
 
-def make(loss_fn, make_tx, schedule, ema_alpha):
+def make(loss_fn, augment, make_tx, schedule, ema_alpha):
   """Returns `train_step(state, batch, hypers) -> (state, metrics)`.
 
   Args:
     loss_fn: see `make_classification_loss`.
+    augment: see `augment.create`.
     make_tx: see `optimizer.create`.
     schedule: see `schedules.create`.
     ema_alpha: see `ema.create`; None keeps no averages.
@@ -79,6 +80,7 @@ def make(loss_fn, make_tx, schedule, ema_alpha):
   """
 
   def train_step(state, batch, hypers):
+    batch = augment(batch, hypers['key'], state.step)
     rngs = {'dropout': jax.random.fold_in(hypers['key'], state.step)}
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     (loss, (new, metrics)), grads = grad_fn(state.params, state, batch, rngs)

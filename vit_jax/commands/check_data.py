@@ -1,6 +1,7 @@
 """Reads a whole data set: counts, and every image that cannot be decoded.
 
-  vit-jax check-data --config configs/vit_c_i1k.py:path=/data/imagenet
+  vit-jax check-data --config configs/vit_c_i1k.py \
+    --config.input.path=/data/imagenet
   vit-jax check-data --path /data/photos
 
 With --config it also compares with input.num_train and input.num_classes, and,

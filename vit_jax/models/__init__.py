@@ -7,12 +7,12 @@ from vit_jax.models import mixer
 from vit_jax.models import variants
 from vit_jax.models import vit
 
-FAMILIES = (
-    # module, the sizes that it builds
-    (vit, variants.SIZES),
-    (mixer, variants.MIXERS),
-    (bit, variants.BITS),
-)
+FAMILIES = {
+    # name: (module, the sizes that it builds)
+    'vit': (vit, variants.SIZES),
+    'mixer': (mixer, variants.MIXERS),
+    'bit': (bit, variants.BITS),
+}
 
 
 def create(*, size: str, num_classes: int, **fields) -> nn.Module:
@@ -27,10 +27,18 @@ def create(*, size: str, num_classes: int, **fields) -> nn.Module:
   Raises:
     ValueError: unknown names, or a number out of range.
   """
-  return family(size).create(size=size, num_classes=num_classes, **fields)
+  module, _ = FAMILIES[family(size)]
+  return module.create(size=size, num_classes=num_classes, **fields)
 
 
-def family(size: str):
-  """Returns the module that builds a size; ValueError for an unknown one."""
-  found = {name: module for module, sizes in FAMILIES for name in sizes}
+def family(size: str) -> str:
+  """Returns the family that has a size; ValueError for an unknown one."""
+  found = {one: name for name, (_, sizes) in FAMILIES.items() for one in sizes}
   return choices.pick(found, size, 'size')
+
+
+def grid(model: nn.Module, image_shape: tuple[int, ...]):
+  """Returns the model's token grid (h, w) for images (H, W, ...), or None."""
+  if not hasattr(model, 'patch'):
+    return None
+  return vit.token_grid(model.patch, tuple(image_shape[:2]))[0]

@@ -76,6 +76,18 @@ _PAPER = Initializers(
     pos_embedding=normal(0.02),
 )
 
+# big_vision models/vit.py. It has no convolutional stem: flax's default.
+_BIG_VISION = Initializers(
+    embedding=_lecun_normal,
+    conv=_lecun_normal,
+    projection=_lecun_normal,
+    qkv=_xavier_uniform,
+    out=_xavier_uniform,
+    mlp=_xavier_uniform,
+    mlp_bias=normal(1e-6),
+    pos_embedding=_normal_over_channels(1.0),
+)
+
 INITIALIZERS = {
     'paper': _PAPER,
     # pycls main since commit 8709e4f of March 2022, after the paper.
@@ -84,17 +96,10 @@ INITIALIZERS = {
         conv=_normal_over_channels(2.0),
         projection=_normal_over_channels(1.0),
     ),
-    # big_vision models/vit.py. It has no convolutional stem: flax's default.
-    'big_vision': Initializers(
-        embedding=_lecun_normal,
-        conv=_lecun_normal,
-        projection=_lecun_normal,
-        qkv=_xavier_uniform,
-        out=_xavier_uniform,
-        mlp=_xavier_uniform,
-        mlp_bias=normal(1e-6),
-        pos_embedding=_normal_over_channels(1.0),
-    ),
+    'big_vision': _BIG_VISION,
+    # vision_transformer models_vit.py, the code of ViT and AugReg.
+    'vision_transformer': dataclasses.replace(
+        _BIG_VISION, pos_embedding=normal(0.02)),
     # What linen does unasked: big_vision models/mlp_mixer.py, bit_paper.py.
     'flax': Initializers(
         embedding=_lecun_normal,

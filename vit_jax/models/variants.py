@@ -9,8 +9,8 @@ Two families of names:
                     "Scaling Vision Transformers" (arXiv 2106.04560, Table 2),
                     written with the patch behind the slash.
   'R26+S/32', ...   the same behind a ResNet, with stem 'resnet' and no other.
-and 'micro', patch 8, for images of 32 pixels and for tests. `MIXERS` and `BITS`
-are the other two families.
+and 'micro' and 'mini', patch 8 and 4, for images of 32 pixels and for tests.
+`MIXERS` and `BITS` are the other two families.
 
 ViT_C is ViT_P with another stem and one block fewer, so that flops stay equal:
 that block is a column below. The names of stems are listed in `stems.STEMS`.
@@ -55,6 +55,7 @@ _FIXED_PATCH = {
     '36GF':  Size(16, 1024,  16,  4096,  14,  13, '18GF'),
     '72GF':  Size(16, 1152,  18,  4608,  22,  22, '18GF'),  # App. C
     'micro': Size(8,    64,   4,   192,   4,   3, 'micro'),
+    'mini':  Size(4,   128,   4,   384,   6,   5, 'mini'),
 }
 
 # The paper has no convolutional stem for these: the rows take the stem whose
@@ -94,13 +95,15 @@ SIZES = _FIXED_PATCH | {
 SIZES |= {name: SIZES[behind] for name, (behind, _) in HYBRIDS.items()}
 
 # 3x3 convolutions (padding 1) of the paper's stems, at patch 16. A convolution
-# either has stride 2 and doubles the channels, or stride 1 and keeps them.
+# either has stride 2 and doubles the channels, or stride 1 and keeps them. The
+# last two rows are ours.
 CONV_STEMS = {
     '1GF': ConvStem((3,) * 4, (2, 2, 2, 2), (24, 48, 96, 192)),
     '4GF': ConvStem((3,) * 4, (2, 2, 2, 2), (48, 96, 192, 384)),
     '18GF': ConvStem(
         (3,) * 6, (2, 2, 1, 2, 1, 2), (64, 128, 128, 256, 256, 512)),
     'micro': ConvStem((3,) * 3, (2, 2, 2), (16, 32, 64)),
+    'mini': ConvStem((3,) * 2, (2, 2), (64, 128)),
 }
 
 # Stems between 'conv' and 'patchify': three 3x3 convolutions, then one whose

@@ -188,7 +188,8 @@ def create(
 
   Args:
     size: a key of `variants.SIZES`: '4GF', 'S/16', 'micro', ...
-    stem: a key of `stems.STEMS`: 'patchify' (ViT_P), 'conv' (ViT_C), ...
+    stem: a key of `stems.STEMS`: 'patchify' (ViT_P), 'conv' (ViT_C), ...;
+      'resnet' with the sizes of `variants.HYBRIDS`, which have no other.
     num_classes: C of the logits, at least 1.
     pool: 'token' (class token), 'gap' (mean over tokens, no class token) or
       'map' (a learned token that attends to the others).
