@@ -1,5 +1,6 @@
 """Times parts of the program on this machine.
 
+  vit-jax bench data        input, against plain tf.data; what it can feed
   vit-jax bench augment     augmentation: its forms, its share of a step
 
 vit-jax bench PART --help says more. Figures of one run are interleaved, the
@@ -10,7 +11,8 @@ import sys
 
 from vit_jax import choices
 
-BENCHES = {'augment': 'vit_jax.commands.bench_augment'}
+BENCHES = {'data': 'vit_jax.commands.bench_data',
+           'augment': 'vit_jax.commands.bench_augment'}
 
 
 def main(argv):
