@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-_SOS, _COM = 0xDA, 0xFE
+_SOS, _DQT = 0xDA, 0xDB
 _FRAMES = (0xC0, 0xC2)  # baseline and progressive, of 8 bits, Huffman coded
-_TABLES = (0xC4, 0xDB, 0xDD)  # libjpeg checks them
+_PASSED_OVER = (0xC4, 0xDD, 0xFE)  # tables that libjpeg checks, comments
 # Applications' segments that Pillow takes apart, and could stumble over:
 # Exif and XMP, Photoshop's; so could it over short ones of any other.
 _JUDGED_BY_PILLOW = (0xE1, 0xED)
@@ -53,7 +53,8 @@ def scan(content):
       if escape != 0xFF or length < 2:
         return None
       if marker == _SOS:
-        return header
+        fits = at + 2 + length <= len(content)
+        return header if fits and length == 6 + 2 * content[at + 4] else None
       if marker in _FRAMES:
         header = None if header else _read_frame(content, at, length)
         if not header:
@@ -62,7 +63,10 @@ def scan(content):
         if (marker in _JUDGED_BY_PILLOW or length < 2 + _SHORT
             or content.startswith(b'MPF\0', at + 4)):
           return None
-      elif marker != _COM and marker not in _TABLES:
+      elif marker == _DQT:
+        if not _are_tables(content, at + 4, length - 2):
+          return None
+      elif marker not in _PASSED_OVER:
         return None
       at += 2 + length
   except (struct.error, IndexError):
@@ -77,6 +81,14 @@ def _read_frame(content, at, length):
     return None
   columns = {content[at + 11 + 3 * i] >> 4 for i in range(components)}
   return Header(height, width, len(columns) > 1)
+
+
+def _are_tables(content, at, length):
+  """Whether quantization tables fill a segment."""
+  while length > 0:
+    size = 129 if content[at] >> 4 else 65
+    at, length = at + size, length - size
+  return not length
 
 
 class Headers:

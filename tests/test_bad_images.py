@@ -169,6 +169,31 @@ def test_images_too_small_for_the_crop_count_as_unreadable(tmp_path, engine):
     take(open_data(str(tmp_path), pp='decode|central_crop(10)', holdout=.3), 3)
 
 
+@pytest.mark.parametrize('damage', ['gone', 'text', 'smaller'])
+def test_a_file_that_breaks_while_training(tmp_path, engine, damage):
+  """Its header is known by then; it is unreadable, and the rest as before."""
+  for i in range(N):
+    path = tmp_path / 'ab'[i % 2] / f'{i:02}.jpg'
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(encode(noise(i, 40, 40, 3), 'JPEG'))
+  data = open_data(str(tmp_path))
+  count = data.train.num_examples
+  whole = take(data, 9)
+  path = data.train.describe(3)
+  if damage == 'gone':
+    os.remove(path)
+  else:
+    with open(path, 'wb') as f:
+      f.write(b'no image' if damage == 'text' else
+              encode(noise(0, 2, 2, 3), 'JPEG')[:-9])
+  for step, (a, b) in enumerate(zip(whole, take(data, 9), strict=True)):
+    _, index, _ = order.batch_examples(
+        1, step, num_examples=count, global_batch_size=8)
+    np.testing.assert_array_equal(
+        (a['image'] != b['image']).any((1, 2, 3)), index == 3)
+  assert list(data.bad.paths['train']) == [path]
+
+
 def test_substitute_is_a_fair_draw():
   drawn = [order.substitute(0, epoch, 3, 1, 10) for epoch in range(3000)]
   assert np.abs(np.bincount(drawn, minlength=10) / 300 - 1).max() < .2

@@ -74,11 +74,57 @@ def test_check_data_of_tfds(tmp_path, stream):
     (['check-data', '--path=/nowhere'], 'nowhere'),
     (['check-data', '--config', runs.DIGITS, '--path=x'], 'Both'),
     (['soak', '--config', runs.DIGITS, '--examples=64'], '1 batches of 64'),
+    (['bench', 'data'], 'Neither'),
+    (['bench', 'data', '--images=/nowhere'], '0 JPEG files'),
+    (['bench', 'data', '--config', runs.DIGITS], 'no files'),
+    (['bench', 'data', '--rounds=0'], 'rounds'),
+    (['bench', 'dta'], "Did you mean 'data'"),
 ])
 def test_bad_input(argv, message, capsys):
   assert command_line.main(argv) == 2
   error = capsys.readouterr().err
   assert message in error and len(error.splitlines()) == 2, error
+
+
+def test_bench_data_says_what_it_measured(tmp_path, capsys):
+  pytest.importorskip('tensorflow')
+  root = tmp_path / 'photos'
+  for i in range(9):
+    path = root / 'ab'[i % 2] / f'{i}.jpg'
+    os.makedirs(path.parent, exist_ok=True)
+    path.write_bytes(
+        test_bad_images.encode(test_bad_images.noise(i, 250, 240, 3), 'JPEG'))
+  (root / 'notes.txt').write_text('no image')
+  argv = ['bench', 'data', '--images', str(root), '--batch=8', '--batches=1',
+          '--rounds=1', '--short_side=96', '--augment=randaug(1, 10)',
+          '--consumer=5000']
+  assert command_line.main(argv) == 0
+  out = capsys.readouterr().out
+  assert out.startswith('9 images of ')
+  rows = {line.split('  ')[0]: line for line in out.splitlines()}
+  for name in ('decode', 'crop', 'delivery', 'packed', 'randaugment',
+               'end to end'):
+    assert len(rows[name][12:].split()) == 5, rows[name]
+  assert rows['crop'].split()[-2:] == ['1.00', '1.00']
+  assert 'to feed 5,000 images/s (given)' in out and ' CPUs' in out
+
+
+def test_bench_data_takes_the_ops_of_the_paper():
+  """At magnitude 10 each op changes noise, and some in a known way."""
+  tf = pytest.importorskip('tensorflow')
+  from input_pipeline import probes_tf
+  image = test_bad_images.noise(0, 224, 224, 3)
+  results = [op(tf.constant(image)).numpy() for op in probes_tf._ops(10)]
+  assert len(results) == 16
+  for k, result in enumerate(results):
+    assert result.shape == image.shape and result.dtype == np.uint8
+    # Noise uses all levels already; its histogram is flat.
+    assert k in (0, 1) or (result != image).mean() > .02, k
+  np.testing.assert_array_equal(results[4], image // 16 * 16)
+  np.testing.assert_array_equal(results[5], 255 - image)
+  np.testing.assert_array_equal(results[15], np.where(
+      image < 128, np.minimum(image.astype(int) + 110, 255), image))
+  assert (results[14] == 128).all(-1).sum() <= 80 * 80
 
 
 def test_soak_says_what_it_measured(capsys):

@@ -204,6 +204,41 @@ def test_random_resized_crop_falls_back_to_the_centre():
     assert view[:6] == (*box, 8, 8)
 
 
+def test_dct_scaling_keeps_the_box():
+  """Scaled, a box still covers what it did, and is not smaller than asked."""
+  lines = ['decode(dct_scale=True)|inception_crop(56)',
+           'decode(dct_scale=True)|random_resized_crop(56, 1)',
+           'decode(dct_scale=True)|resize_small(64)|central_crop(56)',
+           'decode(dct_scale=True)|resize(40, 90)',
+           'decode(dct_scale=True)|central_crop(56)']
+  rng, seen = np.random.default_rng(0), set()
+  for line in lines:
+    parsed = ops.parse(line)
+    for draws in ops.draw(parsed, 0, 0, np.arange(200)):
+      height, width = (int(x) for x in rng.integers(56, 1200, 2))
+      plain = ops.views(parsed, height, width, draws)
+      decode, view, *rest = ops.views(parsed, height, width, draws, True)
+      scale = decode.scale
+      seen.add(scale)
+      assert plain[0].scale == 1 and rest == plain[2:]
+      assert decode[4:6] == (-(-height // scale), -(-width // scale))
+      assert view[4:] == plain[1][4:]
+      top, left, h, w = plain[1][:4]
+      assert view.top * scale <= top < (view.top + 1) * scale
+      assert view.left * scale <= left < (view.left + 1) * scale
+      for first, extent, most, new_first, new, limit in (
+          (top, h, view.out_height, view.top, view.height, decode.out_height),
+          (left, w, view.out_width, view.left, view.width, decode.out_width)):
+        assert scale == 1 or most <= new
+        assert new_first + new <= limit
+        assert (new_first + new - 1) * scale < first + extent <= (
+            new_first + new) * scale
+      # The largest that does so: half of that size would be too small.
+      assert scale == 8 or (
+          h < 2 * scale * view.out_height or w < 2 * scale * view.out_width)
+  assert seen == {1, 2, 4, 8}
+
+
 def _both(content, parsed, draws, channels):
   """uint8 [h, w, channels] of an image file by the numpy and by the TF ops."""
   import tensorflow as tf

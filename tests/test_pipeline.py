@@ -317,3 +317,8 @@ def test_photographs_decode_alike_in_both_engines():
                             np.array(views, np.int32), False, 3)
     np.testing.assert_array_equal(
         box, ops_numpy.apply(image, [ops.CentralCrop(1)], views[1:]))
+    # libjpeg's small transforms are the same ones in both, too.
+    for scale in (2, 4, 8):
+      np.testing.assert_array_equal(
+          ops_numpy.pixels(ops_numpy.open_image(content), 3, scale),
+          ops_tf._decode_jpeg(content, tf.constant(scale), True))
