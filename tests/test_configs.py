@@ -30,7 +30,9 @@ def load(name, args=None):
 
 # Arguments that build another model or augmentation; the defaults are there.
 VARIANTS = [
-    ('vit_c_i1k', 'aug=rand,erasing=0.25,stochastic_depth=0.1,repeats=3'),
+    pytest.param(
+        'vit_c_i1k', 'aug=rand,erasing=0.25,stochastic_depth=0.1,repeats=3',
+        marks=pytest.mark.slow),
     *(pytest.param('vit_c_i1k', f'stem={stem}', marks=pytest.mark.slow)
       for stem in ('patchify', *recipes.ABLATION_STEMS)),
     *(pytest.param('augreg', f'model={m},aug=medium2,reg=0.1,wd=0.1',

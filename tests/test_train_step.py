@@ -69,7 +69,8 @@ def run(stem, num_devices=1, seed=0, lr=1e-3, wd=0.1, **kwargs):
   return first, state, np.array(losses), step
 
 
-@pytest.mark.parametrize('stem', ['patchify', 'conv'])
+@pytest.mark.parametrize('stem', [
+    'conv', pytest.param('patchify', marks=pytest.mark.slow)])
 def test_eight_devices_agree_with_one(stem):
   one, eight = run(stem, 1), run(stem, 8)
   np.testing.assert_allclose(one[2], eight[2], rtol=1e-5)
