@@ -53,6 +53,9 @@ setup(
         'test': ['pytest>=8,<10', 'pytest-xdist>=3.6,<4', 'ruff>=0.9,<1'],
         'wandb': ['wandb>=0.19,<1'],
         'torch': ['torch>=2.6,<3'],  # to read .pth, .pyth and .bin files
+        # What tests/test_against_torch.py compares with.
+        'crosscheck': ['torch>=2.6,<3', 'torchvision>=0.21,<1',
+                       'timm>=1.0.15,<2', 'transformers>=4.50,<6'],
         'notebooks': ['nbformat>=5,<6', 'nbclient>=0.10,<1', 'ipykernel>=6,<8'],
     },
     entry_points={'console_scripts': ['vit-jax = vit_jax.__main__:main']},

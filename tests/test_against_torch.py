@@ -1,7 +1,7 @@
 """Logits of timm, torchvision and transformers, from the same weights.
 
-Skipped where torch or the library is not installed; pip install torch timm
-torchvision transformers.
+Skipped where torch or the library is not installed: pip install
+'.[crosscheck]'.
 """
 import contextlib
 
