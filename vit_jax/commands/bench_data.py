@@ -12,15 +12,16 @@ On a sample of the training images, copied to a temporary folder, in turns:
                 big_vision
   end to end    our delivery, augmentation as `augment` says and a step that
                 does nothing else, all on JAX's devices
-Prints the best of several rounds; compare the ratios of one run, on an idle
-machine. CPU time is that of all threads of the process. Trains nothing.
+Prints medians over rounds, also of the ratios within a round, for neighbours
+in time saw the same machine; trust them on an idle one only. CPU time is that
+of all threads of the process. Trains nothing.
 
 Flags:
   --config FILE[:arg=value,...]  and  --config.a.b=value
   --images DIR   image files anywhere below, instead of the config's
   --sample N     images at most (1000)
   --batch N      images a batch (64)
-  --batches N    batches that are timed in a round (4)
+  --batches N    batches that are timed in a round (16)
   --rounds N     rounds (5)
   --short_side N, --quality N    of the packed images (320, 90)
   --augment LINE for end to end ('randaug(2, 10)')
@@ -44,6 +45,9 @@ from vit_jax.commands import soak
 # Of an H200, measured on matmuls of 8192^3 in bfloat16; and a good use of it.
 _FLOPS, _USED = 790e12, 0.55
 _REFERENCE = 'crop'
+# Batches that a stream makes while others are timed. On a busy machine it may
+# make as many again before the clock starts: time several times that number.
+_WAITING = 4
 
 
 def main(argv):
@@ -58,14 +62,14 @@ def main(argv):
             f'{_cpus()} CPUs, batches of {args.batch}', flush=True)
       with contextlib.ExitStack() as stack:
         streams = open_streams(args, paths, folder, stack)
-        rates = measure(streams, args.batch, args.batches, args.rounds)
-        print(describe(rates))
+        times = measure(streams, args.batch, args.batches, args.rounds)
+        print(describe(times))
         print(f'resident memory {soak.resident() / 1e6:,.0f} MB; '
               f'{packed_size(folder) / 1e3:.1f} kB an image packed')
     consumer, source = args.consumer, 'given'
     if not consumer:
       consumer, source = estimate(args.config), 'estimated'
-    print(feeding(rates, consumer, source))
+    print(feeding(times, consumer, source))
     return 0
   except (ValueError, OSError) as e:
     if not train.is_message(e):
@@ -78,7 +82,7 @@ def _parse(argv):
   def define(values):
     for name, default in (('images', ''), ('augment', 'randaug(2, 10)')):
       flags.DEFINE_string(name, default, name, flag_values=values)
-    for name, default in (('sample', 1000), ('batch', 64), ('batches', 4),
+    for name, default in (('sample', 1000), ('batch', 64), ('batches', 16),
                           ('rounds', 5), ('short_side', 320), ('quality', 90)):
       flags.DEFINE_integer(
           name, default, name, lower_bound=1, flag_values=values)
@@ -215,21 +219,20 @@ def measure(streams, batch, batches, rounds):
     rounds: measurements of each.
 
   Returns:
-    {name: (images/s, CPU seconds an image)}, the best of each.
+    {name: float64 [2, rounds]}, seconds and CPU seconds an image.
   """
-  times, cpu = (collections.defaultdict(list) for _ in range(2))
+  found = collections.defaultdict(list)
   for _ in range(rounds):
     for name, stream in streams.items():
       settle()
-      for _ in range(4):  # batches that were made while others were timed
+      for _ in range(_WAITING):
         next(stream)
-      begin, used = time.perf_counter(), time.process_time()
+      begin = np.array([time.perf_counter(), time.process_time()])
       for _ in range(batches):
         next(stream)
-      times[name].append(time.perf_counter() - begin)
-      cpu[name].append(time.process_time() - used)
-  return {name: (batch * batches / min(times[name]),
-                 min(cpu[name]) / (batch * batches)) for name in streams}
+      end = np.array([time.perf_counter(), time.process_time()])
+      found[name].append((end - begin) / (batch * batches))
+  return {name: np.stack(rows, axis=1) for name, rows in found.items()}
 
 
 def settle():
@@ -241,18 +244,24 @@ def settle():
       return
 
 
-def describe(rates):
+def describe(times):
   """The table of what `measure` returned."""
-  rate, used = rates[_REFERENCE]
   lines = [f'{"":12} {"images/s":>9} {"per CPU":>9} {"CPU ms/image":>13} '
            f'{"x " + _REFERENCE:>7} {"by CPU":>7}']
-  lines += [
-      f'{name:12} {r:9,.0f} {r / _cpus():9,.0f} {1e3 * c:13.2f} '
-      f'{r / rate:7.2f} {used / c:7.2f}' for name, (r, c) in rates.items()]
+  for name, found in times.items():
+    rate, used = 1 / np.median(found[0]), np.median(found[1])
+    wall, cpu = _ratios(times, name, _REFERENCE)
+    lines.append(f'{name:12} {rate:9,.0f} {rate / _cpus():9,.0f} '
+                 f'{1e3 * used:13.2f} {wall:7.2f} {cpu:7.2f}')
   for name, other in (('packed', 'delivery'), ('end to end', 'randaugment')):
-    lines.append(f'{name}: {rates[name][0] / rates[other][0]:.2f} x {other}, '
-                 f'{rates[other][1] / rates[name][1]:.2f} x by CPU time')
+    wall, cpu = _ratios(times, name, other)
+    lines.append(f'{name}: {wall:.2f} x {other}, {cpu:.2f} x by CPU time')
   return '\n'.join(lines)
+
+
+def _ratios(times, name, other):
+  """(by time, by CPU time): how often `name` fits into `other`."""
+  return np.median(times[other] / times[name], axis=1)
 
 
 def packed_size(folder):
@@ -273,11 +282,12 @@ def estimate(config):
   return _USED * _FLOPS / (6 * complexity.of(model, 224).macs)
 
 
-def feeding(rates, consumer, source):
+def feeding(times, consumer, source):
   """Which number of CPUs feeds a consumer, by our ways of delivery."""
   lines = [f'to feed {consumer:,.0f} images/s ({source}):']
   for name in ('delivery', 'packed'):
-    lines.append(f'  {name}: {consumer / (rates[name][0] / _cpus()):.1f} CPUs')
+    cpus = consumer * np.median(times[name][0]) * _cpus()
+    lines.append(f'  {name}: {cpus:.1f} CPUs')
   return '\n'.join(lines)
 
 
