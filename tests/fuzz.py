@@ -27,6 +27,7 @@ import input_pipeline
 from input_pipeline import folder
 from tests import runs
 from vit_jax import config as config_lib
+from vit_jax import errors
 from vit_jax import recipes
 from vit_jax import sharding
 from vit_jax import train
@@ -93,7 +94,7 @@ def fault(error):
   if isinstance(error, Hang):
     return f'hangs {where(error)}'
   lines = str(error).split('\n')
-  if not train.is_message(error):
+  if not errors.is_message(error):
     return f'{type(error).__name__} {where(error)}: {lines[0][:100]}'
   if len(lines) != 2 or not all(map(str.strip, lines)):
     return f'{len(lines)} lines {where(error)}: {lines[:3]}'

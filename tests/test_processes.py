@@ -20,6 +20,7 @@ import input_pipeline
 from input_pipeline import sources
 from tests import runs
 from vit_jax import distributed
+from vit_jax import errors
 from vit_jax import metric_writer
 from vit_jax import sharding
 from vit_jax import train
@@ -185,7 +186,7 @@ def test_a_dead_or_missing_process_is_named(tmp_path):
 ])
 def test_flags_that_do_not_go_together(flags, match, tmp_path, capsys):
   assert train.main(['--config', runs.DIGITS, '--workdir', str(
-      tmp_path / 'run'), *flags]) == train.BAD_INPUT
+      tmp_path / 'run'), *flags]) == errors.BAD_INPUT
   error = capsys.readouterr().err
   assert match in error and error.count('\n') == 2
   assert not os.path.exists(tmp_path / 'run')

@@ -85,7 +85,7 @@ def test_train_stops_beside_another_package_of_its_name(tmp_path):
   (package / '__init__.py').touch()
   with open(os.path.join(runs.ROOT, 'vit_jax', 'train.py')) as f:
     source = f.read()
-  check = source[source.index('def check_package'):source.index('def is_mess')]
+  check = source[source.index('def check_package'):source.index('def define_')]
   code = (f'import os, vit_jax\n__file__ = {runs.TRAIN!r}\n{check}\n'
           'check_package()')
   done = subprocess.run(

@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing import event_accumulator
 
 from tests import runs
 from vit_jax import config as config_lib
+from vit_jax import errors
 from vit_jax import metric_writer
 from vit_jax import train
 
@@ -280,7 +281,7 @@ def test_bad_input_is_two_lines_before_the_first_compile(
     train.train_and_evaluate(runs.short(cache, **changes), str(tmp_path))
   lines = str(e.value).splitlines()
   assert len(lines) == 2 and all(lines), str(e.value)
-  assert train.is_message(e.value)
+  assert errors.is_message(e.value)
 
 
 def test_an_unwritable_workdir(cache, tmp_path):
@@ -301,12 +302,12 @@ def test_a_gpu_that_jax_does_not_see_stops_the_run(
 def test_exit_codes_and_messages_of_the_command(tmp_path, capsys):
   flags = ['--config', runs.DIGITS, '--workdir', str(tmp_path),
            '--config.model.size=S/15', '--config.compilation_cache=']
-  assert train.main(flags) == train.BAD_INPUT
+  assert train.main(flags) == errors.BAD_INPUT
   error = capsys.readouterr().err
   assert error.startswith('error: ') and 'Traceback' not in error
-  assert train.main([*flags, '--traceback']) == train.BAD_INPUT
+  assert train.main([*flags, '--traceback']) == errors.BAD_INPUT
   assert 'Traceback' in capsys.readouterr().err
-  assert train.main(flags[:2]) == train.BAD_INPUT
+  assert train.main(flags[:2]) == errors.BAD_INPUT
   assert '--workdir is missing' in capsys.readouterr().err
 
 

@@ -31,15 +31,22 @@ def main(argv=None):
   name, rest = argv[0], argv[1:]
   if name not in COMMANDS:
     from vit_jax import choices
-    print('error: ' + choices.unknown(name, COMMANDS, 'command').replace(
-        '\n', '\n  '), file=sys.stderr)
-    return 2
+    from vit_jax import errors
+    errors.show(choices.unknown(name, COMMANDS, 'command'))
+    return errors.BAD_INPUT
   module = COMMANDS[name][0]
   if any(a in ('-h', '--help') for a in rest):
     part = f'{module}_{rest[0]}'  # of `bench augment`: bench_augment
     print(docstring(part if importlib.util.find_spec(part) else module))
     return 0
-  return importlib.import_module(module).main(rest)
+  try:
+    return importlib.import_module(module).main(rest)
+  except (ValueError, OSError) as e:
+    from vit_jax import errors
+    if not errors.is_message(e):
+      raise
+    errors.show(e)
+    return errors.BAD_INPUT
 
 
 def docstring(module):

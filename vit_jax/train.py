@@ -51,6 +51,7 @@ from vit_jax import devices
 from vit_jax import distributed
 from vit_jax import durations
 from vit_jax import ema
+from vit_jax import errors
 from vit_jax import evaluators
 from vit_jax import metric_writer
 from vit_jax import models
@@ -68,7 +69,7 @@ from vit_jax import train_step
 from vit_jax import wandb_logger
 from vit_jax import workdir as workdir_lib
 
-BAD_INPUT, NOT_FINITE, NOT_SAVED, STOPPED = 2, 3, 4, 75
+NOT_FINITE, NOT_SAVED, STOPPED = 3, 4, 75
 
 
 class NonFiniteLoss(RuntimeError):
@@ -274,7 +275,7 @@ def main(argv=None):
     code = exit_code(e)
     if code == 1 or any(a.startswith('--traceback') for a in argv):
       traceback.print_exc()
-    print('error: ' + str(e).replace('\n', '\n  '), file=sys.stderr)
+    errors.show(e)
   except BaseException:  # the second Ctrl-C
     if peers:
       peers.leave(1)
@@ -287,7 +288,8 @@ def main(argv=None):
 def exit_code(error):
   """The exit code of an exception; 1 for what is no message of ours."""
   codes = {NonFiniteLoss: NOT_FINITE, checkpoint.SaveFailed: NOT_SAVED}
-  return codes.get(type(error), BAD_INPUT if is_message(error) else 1)
+  return codes.get(
+      type(error), errors.BAD_INPUT if errors.is_message(error) else 1)
 
 
 def start_processes(workdir, args):
@@ -313,19 +315,6 @@ def check_package():
   if not os.path.samefile(here, found):
     raise ValueError(f'This is {here}, but `import vit_jax` finds {found}.\n'
                      'Uninstall the other package (pip uninstall vit_jax).')
-
-
-def is_message(error):
-  """Whether our own code raised it, as a message to whoever runs the program.
-
-  What a library raises is a fault in this program, and keeps its traceback.
-  """
-  if not isinstance(error, (ValueError, OSError)):
-    return False
-  *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-  file = os.path.abspath(frame.f_code.co_filename)
-  ours = (os.path.dirname(m.__file__) for m in (vit_jax, input_pipeline))
-  return file.startswith(tuple(os.path.abspath(p) + os.sep for p in ours))
 
 
 def define_flags(values):

@@ -16,7 +16,6 @@ Flags:
   --step N        of which training step (0)
 """
 import os
-import sys
 
 from absl import flags
 import jax
@@ -35,25 +34,17 @@ _COLUMNS = 3
 
 def main(argv):
   """Runs the command; returns its exit code."""
-  from vit_jax import train
-
   def define(values):
     flags.DEFINE_string(
         'out', 'augment_sheet.png', 'File.', flag_values=values)
     flags.DEFINE_integer('examples', 12, 'How many.', flag_values=values)
     flags.DEFINE_integer('step', 0, 'Training step.', flag_values=values)
 
-  try:
-    args = config_lib.parse_flags(['vit-jax augment-sheet', *argv], define)
-    before, after, titles = sheet(args.config, args.examples, args.step)
-    _plot(before, after, titles, args.config.augment, args.out)
-    print(f'wrote {args.examples} images of step {args.step} to {args.out}')
-    return 0
-  except (ValueError, OSError) as e:
-    if not train.is_message(e):
-      raise
-    print('error: ' + str(e).replace('\n', '\n  '), file=sys.stderr)
-    return train.BAD_INPUT
+  args = config_lib.parse_flags(['vit-jax augment-sheet', *argv], define)
+  before, after, titles = sheet(args.config, args.examples, args.step)
+  _plot(before, after, titles, args.config.augment, args.out)
+  print(f'wrote {args.examples} images of step {args.step} to {args.out}')
+  return 0
 
 
 def sheet(config, examples, step):

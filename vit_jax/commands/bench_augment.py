@@ -19,7 +19,6 @@ Flags:
   --model SIZE      of that step (4GF)
 """
 import functools
-import sys
 import time
 
 from absl import flags
@@ -55,28 +54,21 @@ _CLASSES = 1000
 
 def main(argv):
   """Runs the command; returns its exit code."""
-  from vit_jax import train
-  try:
-    args = _parse(['vit-jax bench augment', *argv])
-    print(devices.summary())
-    on_cpu = jax.default_backend() == 'cpu'
-    batch = args.batch or (16 if on_cpu else 256)
-    rates = forms(args.augment, batch, args.size, args.repeats)
-    for name, rate in rates.items():
-      print(f'{name:9} {rate:10,.0f} images/s, {1e6 / rate:8,.1f} us an image, '
-            f'{rate / rates["switched"]:.2f} x switched')
-    if args.step_batch:
-      plain, whole = step(args.augment, args.model, args.step_batch, args.size,
-                          args.repeats)
-      print(f'step of ViT_C-{args.model}, batch {args.step_batch}: '
-            f'{1e3 * plain:.2f} ms, with {args.augment} {1e3 * whole:.2f} ms: '
-            f'a share of {1 - plain / whole:.1%}')
-    return 0
-  except (ValueError, OSError) as e:
-    if not train.is_message(e):
-      raise
-    print('error: ' + str(e).replace('\n', '\n  '), file=sys.stderr)
-    return train.BAD_INPUT
+  args = _parse(['vit-jax bench augment', *argv])
+  print(devices.summary())
+  on_cpu = jax.default_backend() == 'cpu'
+  batch = args.batch or (16 if on_cpu else 256)
+  rates = forms(args.augment, batch, args.size, args.repeats)
+  for name, rate in rates.items():
+    print(f'{name:9} {rate:10,.0f} images/s, {1e6 / rate:8,.1f} us an image, '
+          f'{rate / rates["switched"]:.2f} x switched')
+  if args.step_batch:
+    plain, whole = step(args.augment, args.model, args.step_batch, args.size,
+                        args.repeats)
+    print(f'step of ViT_C-{args.model}, batch {args.step_batch}: '
+          f'{1e3 * plain:.2f} ms, with {args.augment} {1e3 * whole:.2f} ms: '
+          f'a share of {1 - plain / whole:.1%}')
+  return 0
 
 
 def _parse(argv):

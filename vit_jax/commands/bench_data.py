@@ -31,7 +31,6 @@ Flags:
 import collections
 import contextlib
 import os
-import sys
 import tempfile
 import time
 
@@ -52,30 +51,23 @@ _WAITING = 4
 
 def main(argv):
   """Runs the command; returns its exit code."""
-  from vit_jax import train
-  try:
-    args = _parse(['vit-jax bench data', *argv])
-    with tempfile.TemporaryDirectory() as folder:
-      paths = sample(args.config, args.images, args.sample, folder)
-      print(f'{len(paths):,} images of '
-            f'{np.mean(list(map(os.path.getsize, paths))) / 1e3:.1f} kB on '
-            f'{_cpus()} CPUs, batches of {args.batch}', flush=True)
-      with contextlib.ExitStack() as stack:
-        streams = open_streams(args, paths, folder, stack)
-        times = measure(streams, args.batch, args.batches, args.rounds)
-        print(describe(times))
-        print(f'resident memory {soak.resident() / 1e6:,.0f} MB; '
-              f'{packed_size(folder) / 1e3:.1f} kB an image packed')
-    consumer, source = args.consumer, 'given'
-    if not consumer:
-      consumer, source = estimate(args.config), 'estimated'
-    print(feeding(times, consumer, source))
-    return 0
-  except (ValueError, OSError) as e:
-    if not train.is_message(e):
-      raise
-    print('error: ' + str(e).replace('\n', '\n  '), file=sys.stderr)
-    return train.BAD_INPUT
+  args = _parse(['vit-jax bench data', *argv])
+  with tempfile.TemporaryDirectory() as folder:
+    paths = sample(args.config, args.images, args.sample, folder)
+    print(f'{len(paths):,} images of '
+          f'{np.mean(list(map(os.path.getsize, paths))) / 1e3:.1f} kB on '
+          f'{_cpus()} CPUs, batches of {args.batch}', flush=True)
+    with contextlib.ExitStack() as stack:
+      streams = open_streams(args, paths, folder, stack)
+      times = measure(streams, args.batch, args.batches, args.rounds)
+      print(describe(times))
+      print(f'resident memory {soak.resident() / 1e6:,.0f} MB; '
+            f'{packed_size(folder) / 1e3:.1f} kB an image packed')
+  consumer, source = args.consumer, 'given'
+  if not consumer:
+    consumer, source = estimate(args.config), 'estimated'
+  print(feeding(times, consumer, source))
+  return 0
 
 
 def _parse(argv):

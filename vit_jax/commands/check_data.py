@@ -25,6 +25,7 @@ import time
 from absl import flags
 
 from vit_jax import config as config_lib
+from vit_jax import errors
 from vit_jax import recipes
 
 IMAGENET_TRAIN, IMAGENET_VAL = 1_281_167, 50_000
@@ -33,19 +34,12 @@ _LISTED = 20  # unreadable files on the terminal; the JSON report has all
 
 def main(argv):
   """Runs the command; returns its exit code."""
-  from vit_jax import train
-  try:
-    args = _parse(['vit-jax check-data', *argv])
-    report = check(args.config, args.threads, progress=_progress())
-    print(describe(report))
-    if args.json:
-      _write(args.json, report)
-    return train.BAD_INPUT if report['problems'] else 0
-  except (ValueError, OSError) as e:
-    if not train.is_message(e):
-      raise
-    print('error: ' + str(e).replace('\n', '\n  '), file=sys.stderr)
-    return train.BAD_INPUT
+  args = _parse(['vit-jax check-data', *argv])
+  report = check(args.config, args.threads, progress=_progress())
+  print(describe(report))
+  if args.json:
+    _write(args.json, report)
+  return errors.BAD_INPUT if report['problems'] else 0
 
 
 def _parse(argv):

@@ -14,7 +14,6 @@ Flags:
   --quality 90       of the JPEG files
   --per_shard 4096   images in a file
 """
-import sys
 
 from absl import flags
 
@@ -23,23 +22,15 @@ from vit_jax import config as config_lib
 
 def main(argv):
   """Runs the command; returns its exit code."""
-  from vit_jax import train
-
   def define(values):
     flags.DEFINE_string('out', '', 'Folder.', flag_values=values)
     for name, default in (
         ('short_side', 320), ('quality', 90), ('per_shard', 4096)):
       flags.DEFINE_integer(name, default, '', flag_values=values)
 
-  try:
-    args = config_lib.parse_flags(['vit-jax pack', *argv], define)
-    pack(args.config, args.out, args.short_side, args.quality, args.per_shard)
-    return 0
-  except (ValueError, OSError) as e:
-    if not train.is_message(e):
-      raise
-    print('error: ' + str(e).replace('\n', '\n  '), file=sys.stderr)
-    return train.BAD_INPUT
+  args = config_lib.parse_flags(['vit-jax pack', *argv], define)
+  pack(args.config, args.out, args.short_side, args.quality, args.per_shard)
+  return 0
 
 
 def pack(config, out, short_side, quality, per_shard):

@@ -11,7 +11,6 @@ Flags:
   --depth N    levels of modules in the table (2)
 """
 import collections
-import sys
 
 from absl import flags
 
@@ -25,18 +24,11 @@ from vit_jax.models import vit
 
 def main(argv):
   """Runs the command; returns its exit code."""
-  from vit_jax import train
   define = lambda values: flags.DEFINE_integer(
       'depth', 2, 'Levels of modules in the table.', flag_values=values)
-  try:
-    args = config_lib.parse_flags(['vit-jax plan', *argv], define)
-    print(plan(args.config, args.depth))
-    return 0
-  except (ValueError, OSError) as e:
-    if not train.is_message(e):
-      raise
-    print('error: ' + str(e).replace('\n', '\n  '), file=sys.stderr)
-    return train.BAD_INPUT
+  args = config_lib.parse_flags(['vit-jax plan', *argv], define)
+  print(plan(args.config, args.depth))
+  return 0
 
 
 def plan(config, depth=2):
