@@ -45,6 +45,7 @@ MODELS = ('B/16', 'R+Ti/16', 'Ti/16', 'S/32', 'S/16', 'B/32', 'B/8', 'R26+S/32',
 
 
 def get_config(args=None):
+  """Returns the config; `args` is the text of arguments listed above."""
   args = recipes.parse_args(
       args, data='', dataset=('i1k', 'i21k'), model=MODELS,
       stem=('default', 'conv'), aug='best', reg=('best', '0.0', '0.1'),

@@ -14,6 +14,7 @@ OPTIMIZERS = {'adamw': (recipes.adamw, 2e-3, 0.1),
 
 
 def get_config(args=None):
+  """Returns the config; `args` is the text of arguments listed above."""
   args = recipes.parse_args(
       args, stem='conv', optimizer=tuple(OPTIMIZERS), epochs=40.0, seed=0,
       lr=0.0, wd=-1.0, smoke=False)

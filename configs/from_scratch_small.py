@@ -23,6 +23,7 @@ from vit_jax import recipes
 
 
 def get_config(args=None):
+  """Returns the config; `args` is the text of arguments listed above."""
   args = recipes.parse_args(
       args, data='', res=32, crop=('resized', 'pad'),
       stem=('conv', 'patchify'), size=('mini', 'micro', 'Ti/16', 'S/16'),

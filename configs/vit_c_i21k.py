@@ -28,6 +28,7 @@ from vit_jax import recipes
 
 
 def get_config(args=None):
+  """Returns the config; `args` is the text of arguments listed above."""
   args = recipes.parse_args(
       args, data='', stem=('conv', 'patchify'),
       size=('18GF', '4GF', '36GF', '72GF'), stem_of='', smoke=False)

@@ -126,7 +126,7 @@ def write(splits, path, short_side, quality=90, per_shard=4096,
       ('per_shard', per_shard, 1, 2**20)):
     if not low <= value <= high:
       raise ValueError(f'{name}={value} is not in {low} to {high}.\n'
-                       'Give 320, 90 and 4096, for example.')
+                       'Give 256, 90 and 4096, for example.')
   parts = {'train': splits.train, **splits.evals}
   for part, source in parts.items():
     if not source.encoded or source.streamed:
@@ -210,6 +210,8 @@ def _write_shard(source, rows, file, shrink):
           lambda i: shrink(source.read([i])[0]), part):
         writer.write(content)
   writer.close()
+  with open(new, 'rb') as f:
+    os.fsync(f.fileno())
   os.replace(new, file)
   return True
 

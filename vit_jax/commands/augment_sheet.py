@@ -1,7 +1,6 @@
 """Draws training images before and after augmentation, with what was drawn.
 
-  vit-jax augment-sheet --config configs/vit_c_i1k.py \
-    --config.input.path=/data/imagenet \
+  vit-jax augment-sheet --config configs/vit_c_i1k.py:data=/data/imagenet \
     --config.augment='randaug(2, 15)' --out sheet.png
 
 The images are the first of the training order, cropped and flipped by
@@ -74,7 +73,7 @@ def sheet(config, examples, step):
       config, data.image_shape, len(data.class_names), normalize, mesh)
   batch = next(input_pipeline.train_batches(
       data, global_batch_size=examples, data_seed=data_seed, start_step=step,
-      epoch=config.input.epoch))
+      epoch=config.input.epoch, repeats=config.input.repeats))
   key = jax.random.key(config.seed, impl='threefry2x32')
   after = np.asarray(jax.jit(augment)(batch, key, np.int32(step))['image'])
   mean, std = (np.asarray(config.input[k]) for k in ('mean', 'std'))

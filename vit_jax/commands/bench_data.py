@@ -23,7 +23,7 @@ Flags:
   --batch N      images a batch (64)
   --batches N    batches that are timed in a round (16)
   --rounds N     rounds (5)
-  --short_side N, --quality N    of the packed images (320, 90)
+  --short_side N, --quality N    of the packed images (256, 90)
   --augment LINE for end to end ('randaug(2, 10)')
   --consumer X   images/s to be fed; 0: what the config's model would take on
                  a GPU of 790 TFLOP/s used at 55 %, an estimate (0)

@@ -10,11 +10,10 @@ command goes on. Counts and disk space are checked first.
 Flags:
   --config FILE[:arg=value,...]  and  --config.a.b=value
   --out DIR          where to
-  --short_side 320   pixels; leave room for the crops (256 for crops of 224)
+  --short_side 256   pixels; that of the resize before the central crop
   --quality 90       of the JPEG files
   --per_shard 4096   images in a file
 """
-
 from absl import flags
 
 from vit_jax import config as config_lib
@@ -25,7 +24,7 @@ def main(argv):
   def define(values):
     flags.DEFINE_string('out', '', 'Folder.', flag_values=values)
     for name, default in (
-        ('short_side', 320), ('quality', 90), ('per_shard', 4096)):
+        ('short_side', 256), ('quality', 90), ('per_shard', 4096)):
       flags.DEFINE_integer(name, default, '', flag_values=values)
 
   args = config_lib.parse_flags(['vit-jax pack', *argv], define)
@@ -49,7 +48,7 @@ def pack(config, out, short_side, quality, per_shard):
   from input_pipeline import sources
   from vit_jax import checks
   if not out:
-    raise ValueError('--out is missing.\nFor example: --out /fast/imagenet320')
+    raise ValueError('--out is missing.\nFor example: --out /fast/imagenet256')
   data = input_pipeline.open_data(config.input, max(config.data_seed, 0))
   checks.check_data(config.input, data)
   packed.write(sources.Splits(data.train, data.evals), out, short_side, quality,
