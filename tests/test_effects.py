@@ -100,6 +100,7 @@ EFFECTS = {
     'model.stochastic_depth': ('step', {0.1: 0.2, ...: 0.1}),
     'model.batch_norm': ('step', 'frozen', CONV),
     'model.batch_norm_group': ('step', 32, CONV),
+    'model.conv': ('step', 'im2col'),
     'model.dtype': ('step', 'bfloat16'),
     'model.scan': ('init', {False: True, True: False}),
     'model.remat': ('step', 'full'),

@@ -17,7 +17,7 @@ from vit_jax import durations
 # HOW a run is done: may change when it is resumed. Every other key says WHAT
 # is computed; a change of those is another experiment.
 HOW = ('mesh', 'prefetch', 'log', 'eval', 'evaluators', 'checkpoint',
-       'wandb', 'compilation_cache', 'model.remat', 'input.path',
+       'wandb', 'compilation_cache', 'model.remat', 'model.conv', 'input.path',
        'input.data_dir', 'augment_driver', 'augment_on')
 
 
