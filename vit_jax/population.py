@@ -164,7 +164,9 @@ def create(config, members, driver='auto'):
   return Population(
       members=members, run=run, driver=driver, hypers=_stack(hypers, run.mesh),
       batches=batches, batch_sharding=place(run.mesh),
-      step=jax.jit(step, donate_argnums=0))
+      # Named, or one device's would be another than that of `init`.
+      step=jax.jit(step, donate_argnums=0,
+                   out_shardings=sharding.batch(run.mesh)))
 
 
 def train(config, members, workdir='', driver='auto'):
