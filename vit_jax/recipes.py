@@ -164,14 +164,14 @@ def adamw(lr, weight_decay, decay=DECAY_PAPER):
   """AdamW as in the paper: betas 0.9 / 0.999, no clipping."""
   return ConfigDict(dict(
       name='adamw', lr=lr, weight_decay=weight_decay, b1=0.9, b2=0.999,
-      eps=1e-8, clip_norm=0.0, decay=decay))
+      eps=1e-8, clip_norm=0.0, decay=decay, layer_decay=1.0))
 
 
 def sgd(lr, weight_decay, decay=DECAY_PAPER):
   """SGD as in the paper: Nesterov momentum 0.9, coupled weight decay."""
   return ConfigDict(dict(
       name='sgd', lr=lr, weight_decay=weight_decay, momentum=0.9,
-      nesterov=True, clip_norm=0.0, decay=decay))
+      nesterov=True, clip_norm=0.0, decay=decay, layer_decay=1.0))
 
 
 def cosine(warmup_epochs, **changes):
@@ -186,6 +186,46 @@ def pycls_cosine():
   """The paper's schedule: set once an epoch, warm-up from 0.1, to 0.005."""
   return cosine(warmup_epochs=5.0, warmup_start=0.1, per='epoch', final=0.005,
                 progress='from_start')
+
+
+def staircase(warmup_steps, drops):
+  """A linear warm-up, then a tenth of the rate after each drop (BiT).
+
+  Args:
+    warmup_steps: its length.
+    drops: fractions of the run.
+  """
+  return ConfigDict(dict(
+      name='staircase', warmup_steps=warmup_steps, warmup_start=0.0,
+      cooldown_steps=0, per='step', drops=drops, drop_factor=0.1))
+
+
+def bit_hyperrule(num_train):
+  """BiT's rule for any data set, but for the crop (`bit_crop`).
+
+  Source: arXiv 1912.11370, section 3.3, and big_transfer's bit_hyperrule.py.
+
+  Args:
+    num_train: training examples.
+
+  Returns:
+    (steps, steps of warm-up, fractions of the run after which the rate is
+    divided by ten, mixup's alpha or 0).
+  """
+  if num_train < 20_000:
+    return 500, 100, (0.4, 0.6, 0.8), 0.0
+  if num_train < 500_000:
+    return 10_000, 500, (0.3, 0.6, 0.9), 0.1
+  return 20_000, 500, (0.3, 0.6, 0.9), 0.1
+
+
+def bit_crop(height, width):
+  """(side to resize to, side of the random crop) for images of a size.
+
+  The paper's sides. Its code has 512 and 480 for the larger images, which the
+  paper has for BiT-R152x4 only.
+  """
+  return (160, 128) if height * width < 96 * 96 else (448, 384)
 
 
 def vit_c_rates(stem, size, optimizer, settings):

@@ -123,7 +123,7 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
           config.model, frozen))
   checks.check_model(model, data, batch_size)
   variables = train_state.abstract_variables(model, data.image_shape, mesh)
-  trained, _ = param_paths.split(variables['params'], frozen)
+  trained, fixed = param_paths.split(variables['params'], frozen)
   normalize = train_step.normalizer(
       config.input.mean, config.input.std, data.image_shape[-1])
   augment = augment_lib.create(
@@ -168,8 +168,9 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
   workdir_lib.record(workdir, resolved, data.class_names)
   writer = metric_writer.MetricWriter(workdir, start, total_steps, logger)
   say(f'{devices.summary()}\n{workdir}: {param_paths.size(trained):,} trained '
-      f'parameters, {units.describe(total_steps)}, starting after {start}\n'
-      f'{optimizer.describe(config.optimizer)}\n'
+      f'and {param_paths.size(fixed):,} frozen parameters, '
+      f'{units.describe(total_steps)}, starting after {start}\n'
+      f'{optimizer.describe(config.optimizer, trained)}\n'
       f'augment: {config.augment or "none"}')
 
   step_fn = compile_step(
