@@ -67,7 +67,8 @@ EFFECTS = {
     'input.channels': ('batches', 1,
                        {'input.mean': (0.5,), 'input.std': (0.5,),
                         'augment': ''}),
-    'input.epoch': ('schedule', {'exact': 'floor', 'floor': 'exact'}),
+    'input.epoch': ('schedule', {'exact': 'floor', 'floor': 'exact'},
+                    {'schedule.per': 'epoch'}),
     'input.repeats': ('batches', 3),
     'input.pp': ('batches', 'decode|resize(32)|flip_lr', SIZED),
     'input.eval_pp': ('batches', 'decode|central_crop(16)|resize(32)', SIZED),
@@ -183,7 +184,8 @@ CONFIGS = {
     'augreg': ('augreg.py', None, {'model.scan': True}),
     'augreg_tfds': ('augreg.py', 'data=tfds:a_name', {'model.scan': True}),
     'from_scratch_small': ('from_scratch_small.py', None, {'model.scan': True}),
-    'finetune': ('finetune.py', None, {'model.scan': True}),
+    'finetune': ('finetune.py', None, {
+        'model.scan': True, 'total_steps': 60_000}),
     'finetune_bit': ('finetune.py', 'rule=bit,n=1000', {'model.scan': True}),
     'mixer': ('digits.py', None, {
         'model': recipes.mixer('Mixer-micro'), 'model.scan': True}),
