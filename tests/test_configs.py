@@ -9,17 +9,21 @@ import math
 import os
 import re
 
+import jax
 import numpy as np
 import pytest
 
 from tests import runs
 from tests import test_config
+from vit_jax import checkpoint
 from vit_jax import durations
 from vit_jax import ema
+from vit_jax import models
 from vit_jax import param_paths
 from vit_jax import recipes
 from vit_jax import schedules
 from vit_jax import train
+from vit_jax.pretrained import writers
 
 NAMES = sorted(os.path.basename(p).removesuffix('.py') for p in glob.glob(
     os.path.join(runs.ROOT, 'configs', '*.py')))
@@ -327,6 +331,51 @@ def test_fine_tuning_a_run(finished, cache, tmp_path):
     load('finetune', f'{tail},freeze=1')
   assert load('finetune', f'{tail},model=micro,stem=conv,res=40').input.pp == (
       'decode|inception_crop(40)|flip_lr')
+
+
+def test_fine_tuning_a_released_file(cache, tmp_path, capsys):
+  """A head of 21 classes at 32 pixels, made one of 10 at 48."""
+  model = models.create(size='mu/16', stem='patchify', num_classes=21)
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+      lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), jax.eval_shape(
+          lambda key: model.init(key, np.zeros((1, 32, 32, 3)), train=False),
+          jax.random.key(0))['params'])
+  file = tmp_path / 'mu_16.npz'
+  np.savez(file, **writers.arrays(params, 'augreg'))
+  c = load('finetune', f'checkpoint={file},model=mu/16,data=digits,res=48,'
+           'steps=1,batch=8')
+  c.compilation_cache = str(cache)
+  train.train_and_evaluate(c, str(tmp_path / 'run'))
+  out = capsys.readouterr().out
+  assert 'pos_embedding 2x2 -> 3x3' in out
+  assert 'reset: head/bias, head/kernel' in out
+  new = runs.arrays(str(tmp_path / 'run'))
+  np.testing.assert_array_equal(  # a head of zeros passes no gradient on
+      new["['params']['stem']['embedding']['kernel']"],
+      params['stem']['embedding']['kernel'])
+
+
+@pytest.mark.parametrize('pool, extra', [('gap', 0), ('token', 1)])
+def test_a_run_at_another_resolution(pool, extra, monkeypatch):
+  """A grid of 4x4 made one of 7x5, as of a released file."""
+  rng = np.random.default_rng(0)
+  table = rng.normal(size=(1, extra + 16, 8)).astype(np.float32)
+  monkeypatch.setattr(checkpoint, 'load_weights', lambda *_: {
+      'params': {'pos_embedding': table}, 'batch_stats': {}})
+  section = recipes.base().init_from
+  section.run = 'runs/a'
+  variables = {'params': {'pos_embedding': np.zeros((1, extra + 35, 8))}}
+  given = checkpoint.init_from(section, variables, (7, 5))
+  resized = given['params']['pos_embedding']
+  assert resized.shape == (1, extra + 35, 8)
+  np.testing.assert_array_equal(resized[:, :extra], table[:, :extra])
+  corners = [0, 4, 30, 34]
+  np.testing.assert_allclose(  # of aligned grids they are equal
+      resized[0, extra:][corners], table[0, extra:][[0, 3, 12, 15]], rtol=1e-6)
+  variables['params']['pos_embedding'] = np.zeros((1, extra + 35, 9))
+  with runs.refused('List it in init_from.reset'):
+    checkpoint.init_from(section, variables, (7, 5))
 
 
 @pytest.mark.parametrize('optimizer', ['adamw', 'sgd'])
