@@ -4,7 +4,8 @@
 
 About half a minute on 2 CPU cores. Arguments, after a colon and separated by
 commas: stem=conv|patchify|..., optimizer=adamw|sgd, epochs=40, seed=0, lr=0
-and wd=-1 (0 and -1: the config's own); smoke: four steps.
+and wd=-1 (0 and -1: the config's own); classes=0-4 (or 1+7; all of them),
+per_class=0 (training images of each; 0: all); smoke: four steps.
 """
 from vit_jax import recipes
 
@@ -17,13 +18,15 @@ def get_config(args=None):
   """Returns the config; `args` is the text of arguments listed above."""
   args = recipes.parse_args(
       args, stem='conv', optimizer=tuple(OPTIMIZERS), epochs=40.0, seed=0,
-      lr=0.0, wd=-1.0, smoke=False)
+      lr=0.0, wd=-1.0, classes='', per_class=0, smoke=False)
   c = recipes.base()
   c.seed = args.seed
   c.total_epochs = args.epochs
   c.global_batch_size = 64
 
   c.input.source = 'digits'
+  c.input.only_classes = recipes.class_names(args.classes)
+  c.input.per_class = args.per_class
   c.input.pp = 'decode|pad_crop(32, 3)'
   c.model.size = 'micro'
   c.model.stem = args.stem

@@ -1,4 +1,5 @@
 """The other commands: plan, doctor, results, augment-sheet, bench."""
+import json
 import os
 
 import numpy as np
@@ -82,6 +83,29 @@ def test_results_group_seeds(finished, capsys, tmp_path):
   assert f'| 2 | {top1} | 0.00% | {top1} | {top1} |' in out
   assert command_line.main(['results', str(tmp_path)]) == 2
   assert 'holds no' in capsys.readouterr().err
+
+
+def test_results_of_pairs(tmp_path, capsys):
+  def run(name, seed, top1):
+    folder = tmp_path / f'{name}-{seed}'
+    folder.mkdir()
+    (folder / 'config.json').write_text(json.dumps({'seed': seed}))
+    (folder / 'metrics.jsonl').write_text(
+        json.dumps({'step': 1, 'test/top1': top1}) + '\n')
+    return str(folder)
+
+  # Differences 1, 2 and 3 points: 2 +- 4.303 / sqrt(3), by Student's t.
+  ours = [run('a', seed, 0.9 + (seed + 1) / 100) for seed in range(3)]
+  theirs = [run('b', seed, 0.9) for seed in range(3)]
+  assert command_line.main(
+      ['results', *ours[::-1], '--versus', *theirs]) == 0
+  out = capsys.readouterr().out
+  assert '3 pairs of equal seeds: +2.00 points, 95 % interval -0.48 to +4.48.' \
+      in out
+  assert '| runs | 3 | 92.00% | 1.00% | 91.00% | 93.00% |' in out
+  for wrong in (theirs[:2], [*theirs[:2], theirs[0]]):
+    assert command_line.main(['results', *ours, '--versus', *wrong]) == 2
+    assert 'The seeds are [0, 1, 2] and' in capsys.readouterr().err
 
 
 def test_augment_sheet_of_digits(tmp_path, capsys):

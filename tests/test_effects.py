@@ -61,6 +61,7 @@ EFFECTS = {
     'seed': ('init', 1),
     'data_seed': ('batches', 7),
     'total_epochs': ('schedule', {300.0: 200.0, ...: 30.0}),
+    'total_steps': ('schedule', 700),
     'global_batch_size': ('batches', {4096: 2048, ...: 4096}),
     'input.source': ('data', 'arrays', SIZED),
     'input.path': ('data', '/elsewhere', {'input.source': 'arrays', **SIZED}),
@@ -69,10 +70,13 @@ EFFECTS = {
     'input.channels': ('batches', 1,
                        {'input.mean': (0.5,), 'input.std': (0.5,),
                         'augment': ''}),
-    'input.epoch': ('schedule', {'exact': 'floor', 'floor': 'exact'}),
+    'input.epoch': ('schedule', {'exact': 'floor', 'floor': 'exact'},
+                    {'schedule.per': 'epoch'}),
     'input.repeats': ('batches', 3),
     'input.pp': ('batches', 'decode|resize(32)|flip_lr', SIZED),
     'input.eval_pp': ('batches', 'decode|central_crop(16)|resize(32)', SIZED),
+    'input.only_classes': ('data', ('3', '1')),
+    'input.per_class': ('batches', 20),
     'input.max_bad_fraction': ('data', 0.5),
     'input.data_dir': ('data', '/elsewhere', TFDS),
     'input.train_split': ('data', 'train[:90%]', TFDS),
@@ -114,15 +118,19 @@ EFFECTS = {
     'optimizer.b2': ('step', 0.95),
     'optimizer.eps': ('step', 1e-7),
     'optimizer.momentum': ('step', 0.8),
-    'optimizer.nesterov': ('step', False),
+    'optimizer.nesterov': ('step', {True: False, False: True}),
     'optimizer.clip_norm': ('step', {1.0: 2.0, ...: 1.0}),
+    'optimizer.layer_decay': ('step', 0.75),
     'optimizer.decay': ('step', ('.*',)),
-    'schedule.name': ('schedule', 'linear'),
+    'schedule.name': ('schedule', {'staircase': 'constant', ...: 'linear'}),
     'schedule.warmup_epochs': ('schedule', 1.0),
-    'schedule.warmup_steps': ('schedule', 1000),
+    'schedule.warmup_steps': ('schedule', {10_000: 1000, ...: 50}),
     'schedule.warmup_start': ('schedule', 0.3),
     'schedule.cooldown_epochs': ('schedule', 20.0),
+    'schedule.cooldown_steps': ('schedule', 50),
     'schedule.final': ('schedule', 0.1),
+    'schedule.drops': ('schedule', (0.3, 0.6)),
+    'schedule.drop_factor': ('schedule', 0.2),
     'schedule.per': ('schedule', {'step': 'epoch', 'epoch': 'step'}),
     'schedule.progress': ('schedule', {'after_warmup': 'from_start',
                                        'from_start': 'after_warmup'}),
@@ -148,6 +156,7 @@ EFFECTS = {
     'prefetch': ('prefetch', 3),
     'log.every_steps': ('log', 30),
     'eval.every_epochs': ('eval', {10.0: 1.0, ...: 2.0}),
+    'eval.every_percent': ('eval', 25.0),
     'eval.batch_size': ('batches', 64),
     'evaluators.test.name': ('refused', 'regression'),
     'evaluators.test.split': ('refused', 'val'),
@@ -156,6 +165,7 @@ EFFECTS = {
     'evaluators.minival.name': ('refused', 'regression'),
     'evaluators.minival.split': ('batches', 'test'),
     'checkpoint.every_epochs': ('checkpoint', {10.0: 1.0, ...: 2.0}),
+    'checkpoint.every_percent': ('checkpoint', 25.0),
     'checkpoint.keep_last': ('keep', 3),
     'checkpoint.keep_best': ('keep', ''),
     'compilation_cache': ('cache', ''),
@@ -178,6 +188,9 @@ CONFIGS = {
     'augreg': ('augreg.py', None, {'model.scan': True}),
     'augreg_tfds': ('augreg.py', 'data=tfds:a_name', {'model.scan': True}),
     'from_scratch_small': ('from_scratch_small.py', None, {'model.scan': True}),
+    'finetune': ('finetune.py', None, {
+        'model.scan': True, 'total_steps': 60_000}),
+    'finetune_bit': ('finetune.py', 'rule=bit,n=1000', {'model.scan': True}),
     'mixer': ('digits.py', None, {
         'model': recipes.mixer('Mixer-micro'), 'model.scan': True}),
     'bit': ('digits.py', None, {'model': recipes.bit('BiT-micro')}),
@@ -405,7 +418,7 @@ def leaves():
     c = test_config.load(f'{test_config.ROOT}/configs/{file}', args)
     c.model = always.get('model', c.model)
     part = {'digits_sgd': 'optimizer.', 'augreg_tfds': 'evaluators.',
-            'mixer': 'model.', 'bit': 'model.'}
+            'mixer': 'model.', 'bit': 'model.', 'finetune_bit': 'schedule.'}
     for path in sorted(config_lib.flatten(c.to_dict())):
       if path.startswith(part.get(name, '')):
         marks = [pytest.mark.slow] if path in shown else []

@@ -6,7 +6,9 @@ import optax
 import pytest
 
 from vit_jax import losses
+from vit_jax import models
 from vit_jax import optimizer
+from vit_jax import param_paths
 from vit_jax import recipes
 
 # torch 2.13.0, float64, 5 steps of lr = 0.1 (t + 1) / 5 on
@@ -69,7 +71,71 @@ def test_clipping_bounds_the_global_norm():
   np.testing.assert_allclose(optax.global_norm(updates), 1.0, rtol=1e-6)
 
 
+def blocks(depth):
+  """Shapes of a ViT, as far as layers go: (by block, stacked)."""
+  leaf = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+  rest = {'stem': {'conv_0': {'kernel': leaf(3)}}, 'cls': leaf(1, 1, 2),
+          'pos_embedding': leaf(1, 5, 2), 'head': {'bias': leaf(4)}}
+  norm = {'norm': {'scale': leaf(2)}}
+  by_block = {
+      f'block_{i:02d}': {'kernel': leaf(2, 3)} for i in range(depth)}
+  stacked = {'blocks': {'kernel': leaf(depth, 2, 3)}}
+  return tuple({**rest, 'encoder': {**norm, **part}}
+               for part in (by_block, stacked))
+
+
+def test_layer_decay():
+  by_block, stacked = (
+      param_paths.flatten(optimizer.layer_scales(tree, 0.5))
+      for tree in blocks(3))
+  for path in ('head/bias', 'encoder/norm/scale'):
+    assert by_block[path] == stacked[path] == 1
+  for path in ('stem/conv_0/kernel', 'cls', 'pos_embedding'):
+    assert by_block[path] == stacked[path] == 0.5 ** 4
+  assert [by_block[f'encoder/block_{i:02d}/kernel'] for i in range(3)] == [
+      0.125, 0.25, 0.5]
+  assert stacked['encoder/blocks/kernel'].shape == (3, 1, 1)
+  assert stacked['encoder/blocks/kernel'].ravel().tolist() == [0.125, 0.25, 0.5]
+
+
+@pytest.mark.parametrize('size', ['Mixer-micro', 'BiT-micro', 'R+Ti/16'])
+def test_layer_decay_of_every_family(size):
+  stem = {'stem': 'resnet'} if size.startswith('R') else {}
+  model = models.create(size=size, num_classes=3, **stem)
+  params = jax.eval_shape(
+      lambda key: model.init(key, jnp.zeros((1, 32, 32, 3)), train=False),
+      jax.random.key(0))['params']
+  scales = param_paths.flatten(optimizer.layer_scales(params, 0.5))
+  assert scales['head/kernel'] == 1
+  deepest = min(scales, key=lambda path: scales[path])
+  assert deepest.startswith(('stem', 'conv_root', 'cls', 'pos_embedding'))
+  depth = {'Mixer-micro': 4, 'BiT-micro': 2, 'R+Ti/16': 12}[size]
+  assert set(scales.values()) == {0.5 ** i for i in range(depth + 2)}
+
+
+@pytest.mark.parametrize('make', [recipes.adamw, recipes.sgd])
+def test_layer_decay_scales_updates_and_decay(make):
+  config = make(0.1, 0.3, decay=('.*',))
+  tree = jax.tree.map(lambda x: jnp.ones(x.shape), blocks(3)[1])
+  updates = []
+  for layer_decay in (1.0, 0.5):
+    config.layer_decay = layer_decay
+    tx = optimizer.create(config, tree)(0.1, 0.3)
+    state = tx.init(tree)
+    updates.append(tx.update(tree, state, tree)[0])
+  scales = optimizer.layer_scales(tree, 0.5)
+  jax.tree.map(lambda one, half, s: np.testing.assert_allclose(
+      half, one * s, rtol=1e-6), *updates, scales)
+  text = optimizer.describe(config, tree)
+  assert 'lr times 0.0625: 15 parameters' in text and (
+      'lr times 1.0000: 6 parameters' in text)
+
+
 def test_bad_optimizers():
+  config = recipes.adamw(1., 1., decay=KERNELS)
+  config.layer_decay = 1.5
+  with pytest.raises(ValueError, match=r'layer_decay=1\.5 is out'):
+    optimizer.create(config, params())
   with pytest.raises(ValueError, match="Did you mean 'adamw'"):
     optimizer.create(dict(name='adam'), params())
   with pytest.raises(ValueError, match='matches no parameter'):
@@ -81,7 +147,6 @@ def test_bad_optimizers():
 def test_the_papers_decay_reaches_all_but_norms_and_biases():
   tree = {'cls': 0, 'pos_embedding': 0, 'head': {'kernel': 0, 'bias': 0},
           'stem': {'norm_0': {'scale': 0, 'bias': 0}, 'conv_0': {'kernel': 0}}}
-  from vit_jax import param_paths
   mask = param_paths.flatten(param_paths.mask(tree, recipes.DECAY_PAPER))
   assert {k for k, v in mask.items() if v} == {
       'cls', 'pos_embedding', 'head/kernel', 'stem/conv_0/kernel'}

@@ -60,6 +60,20 @@ def test_constant():
       [.5, .625, .75, .875, 1, 1, 1, 1, 1, .5, 0], atol=1e-6)
 
 
+@pytest.mark.parametrize('n, golden', [
+    # Step: rate, of big_transfer's bit_hyperrule.get_lr.
+    (1000, {0: 0, 50: .0015, 99: .00297, 100: .003, 200: .003, 201: 3e-4,
+            300: 3e-4, 301: 3e-5, 400: 3e-5, 401: 3e-6, 499: 3e-6}),
+    (20_000, {500: .003, 3000: .003, 3001: 3e-4, 6001: 3e-5, 9001: 3e-6}),
+    (500_000, {500: .003, 6000: .003, 6001: 3e-4, 12_001: 3e-5, 18_001: 3e-6}),
+])
+def test_bit_hyperrule(n, golden):
+  total, warmup, drops, _ = recipes.bit_hyperrule(n)
+  got = values(recipes.staircase(warmup, drops), total, golden)
+  np.testing.assert_allclose(
+      0.003 * np.array(got), list(golden.values()), rtol=1e-6, atol=1e-12)
+
+
 def test_an_epoch_of_straddling_batches_starts_where_its_examples_do():
   units = durations.Units.of(1297, 64, 'exact')
   schedule = schedules.create(recipes.cosine(0.0, per='epoch'), units, 1216)
@@ -103,6 +117,9 @@ def test_a_cadence_is_due_at_the_end_in_any_case():
 def test_bad_schedules():
   with pytest.raises(ValueError, match="Did you mean 'cosine'"):
     values({**recipes.cosine(0.0), 'name': 'cosin'}, 10, [0])
+  for drops, match in (((1.5,), 'drops=1.5 is out'), (0.5, 'is no tuple')):
+    with pytest.raises(ValueError, match=match):
+      values(recipes.staircase(0, drops), 10, [0])
   with pytest.raises(ValueError, match='longer than the run'):
     values(recipes.cosine(5.0), 10, [0])
 

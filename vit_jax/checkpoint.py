@@ -8,6 +8,7 @@ Where a run's state comes from, first match wins:
 """
 import contextlib
 import logging
+import math
 import os
 import shutil
 
@@ -20,6 +21,7 @@ from vit_jax import param_paths
 from vit_jax import pretrained
 from vit_jax.metric_writer import is_remote
 from vit_jax.metric_writer import say
+from vit_jax.pretrained import posembed
 
 FOLDER = 'checkpoints'
 
@@ -277,6 +279,9 @@ def init_from(config, variables, grid=None):
         raise ValueError(
             f'init_from.run={run} has no {path}.\n'
             'Narrow init_from.paths, or list it in init_from.reset.')
+      elif path == 'pos_embedding' and (resized := _pos_embedding(
+          loaded[kind][path], leaf.shape, grid, options['resize'])) is not None:
+        given[kind][path] = resized
       elif loaded[kind][path].shape != leaf.shape:
         raise ValueError(
             f'{path} is {loaded[kind][path].shape} in init_from.run={run} and '
@@ -288,6 +293,21 @@ def init_from(config, variables, grid=None):
   say(f'init_from: took {taken} arrays of {run}; reset: '
       f'{", ".join(left) or "none"}')
   return given
+
+
+def _pos_embedding(table, shape, grid, method):
+  """A run's position embedding (1, N, D) for another grid of tokens, or None.
+
+  None: the grid is not another, or that of the run was not a square.
+  """
+  extra = shape[1] - math.prod(grid or (0,))  # the place of a class token
+  old = posembed.square(table.shape[1] - extra)
+  if (table.shape == shape or not grid or not old
+      or table.shape[2] != shape[2]):
+    return None
+  say(f'init_from: pos_embedding {old[0]}x{old[1]} -> {grid[0]}x{grid[1]}')
+  new = posembed.resize(table[0, extra:], old, grid, method)
+  return np.concatenate([table[0, :extra], new])[None]
 
 
 def load_weights(run, weights):

@@ -5,6 +5,11 @@ Configs import this module and ml_collections, nothing else.
 Sources: "Early Convolutions Help Transformers See Better" (arXiv 2106.14881,
 here: the paper) and its code, pycls.
 """
+import json
+import re
+from typing import NamedTuple
+
+from etils import epath
 from ml_collections import ConfigDict
 
 from vit_jax import choices
@@ -75,6 +80,90 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+class Transfer(NamedTuple):
+  """A data set to fine-tune on.
+
+  Attributes:
+    path: its name in TFDS; '' where that has no image with one class.
+    train_split, eval_split: see `input_pipeline.tfds_source.open_splits`; the
+      best checkpoint is the one that is best on the first.
+    lengths: (steps, of which warm-up) at batch 512; the first is the default.
+    rates: learning rates of AugReg's grid; the first is the default.
+    num_train: training examples, num_classes: for BiT's rule.
+    side: pixels of an image's sides, about, for BiT's crop.
+  """
+  path: str
+  train_split: str
+  eval_split: str
+  lengths: tuple[tuple[int, int], ...]
+  rates: tuple[float, ...]
+  num_train: int
+  num_classes: int
+  side: int
+
+
+# AugReg, Table 4, with the rate 0.03 that the released files add. The default
+# is the one that big_vision's transfer.py found best for B/32, and 0.01, the
+# ViT paper's for VTAB, where it says nothing. CIFAR-10, Flowers: the ViT paper,
+# Table 4. Splits: AugReg section 3.1, vision_transformer configs/common.py.
+_SHORT, _LONG = ((500, 100), (2500, 200)), ((10_000, 500), (2500, 200))
+TRANSFER = {
+    # Ours, for a folder of a few thousand photographs.
+    'folder': Transfer(
+        '', 'train', 'test', _SHORT, (0.003, 0.001, 0.01, 0.03), 0, 0, 400),
+    'imagenet2012': Transfer(
+        'imagenet2012', 'train[:99%]',
+        'minival=train[99%:], val=validation', ((20_000, 500),), (0.03, 0.01),
+        1_268_355, 1000, 400),
+    'cifar10': Transfer(
+        'cifar10', 'train[:98%]', 'val=train[98%:], test=test', _LONG,
+        (0.003, 0.001, 0.01, 0.03), 49_000, 10, 32),
+    'cifar100': Transfer(
+        'cifar100', 'train[:98%]', 'val=train[98%:], test=test', _LONG,
+        (0.01, 0.001, 0.003, 0.03), 49_000, 100, 32),
+    'pets': Transfer(
+        'oxford_iiit_pet', 'train[:90%]', 'val=train[90%:], test=test', _SHORT,
+        (0.003, 0.001, 0.01, 0.03), 3312, 37, 400),
+    'flowers': Transfer(
+        'oxford_flowers102', 'train[:90%]', 'val=train[90%:], test=test',
+        _SHORT, (0.003, 0.001, 0.01, 0.03), 918, 102, 500),
+    'resisc45': Transfer(
+        'resisc45', 'train[:60%]', 'val=train[60%:80%], test=train[80%:]',
+        _LONG[::-1], (0.01, 0.001, 0.003, 0.03), 18_900, 45, 256),
+    'kitti': Transfer(
+        '', 'train', 'test', _SHORT, (0.01, 0.001, 0.003, 0.03), 6347, 4, 400),
+    'vtab': Transfer(
+        '', 'train', 'test', _SHORT[::-1], (0.01, 0.001, 0.003, 0.03), 1000, 0,
+        200),
+}
+
+# Of weights: gelu, norm_eps, mean and standard deviation of their input.
+HALF = (0.5,)
+ORIGINS = {
+    'augreg': ('tanh', 1e-6, HALF, HALF),  # and ViT, SAM, big_vision, Mixer
+    'timm': ('erf', 1e-6, HALF, HALF),
+    'hf': ('erf', 1e-12, HALF, HALF),
+    'deit': ('erf', 1e-6, IMAGENET_MEAN, IMAGENET_STD),
+    'torchvision': ('erf', 1e-6, IMAGENET_MEAN, IMAGENET_STD),
+    'pycls': ('erf', 1e-6, IMAGENET_MEAN, IMAGENET_STD),
+}
+# Of the smaller side that an image is resized to, by the crop's.
+_BEFORE_CROP = {128: 160, 224: 256, 480: 512}
+# Crop: ops of training, ops of evaluation.
+CROPS = {
+    # vision_transformer, AugReg.
+    'inception': ('inception_crop({res})', 'resize({res})'),
+    # big_vision's transfer.py.
+    'resmall': ('resize_small({large})|pad_crop({res}, 0)',
+                'resize_small({large})|central_crop({res})'),
+    # BiT.
+    'square': ('resize({large})|pad_crop({res}, 0)', 'resize({res})'),
+    # The paper's.
+    'resized': ('random_resized_crop({res}, 8, 100)',
+                "resize_small({large}, 'bilinear')|central_crop({res})"),
+}
+
+
 def base():
   """Every key of a run with its default; configs change what they mean to."""
   c = ConfigDict()
@@ -97,6 +186,8 @@ def base():
       mean=(0.5,), std=(0.5,),  # (x/255 - mean) / std, one or one a channel
       num_train=0,      # expected training examples; 0: as found
       num_classes=0,    # expected classes; 0: as found
+      only_classes=(),  # names of classes, in the order wanted; (): all
+      per_class=0,      # training examples of each, drawn by data_seed; 0: all
       max_bad_fraction=0.001,  # of training images that may be unreadable
       # Only source='tfds':
       data_dir='',      # where TFDS prepared it; '': TFDS's default
@@ -163,14 +254,14 @@ def adamw(lr, weight_decay, decay=DECAY_PAPER):
   """AdamW as in the paper: betas 0.9 / 0.999, no clipping."""
   return ConfigDict(dict(
       name='adamw', lr=lr, weight_decay=weight_decay, b1=0.9, b2=0.999,
-      eps=1e-8, clip_norm=0.0, decay=decay))
+      eps=1e-8, clip_norm=0.0, decay=decay, layer_decay=1.0))
 
 
 def sgd(lr, weight_decay, decay=DECAY_PAPER):
   """SGD as in the paper: Nesterov momentum 0.9, coupled weight decay."""
   return ConfigDict(dict(
       name='sgd', lr=lr, weight_decay=weight_decay, momentum=0.9,
-      nesterov=True, clip_norm=0.0, decay=decay))
+      nesterov=True, clip_norm=0.0, decay=decay, layer_decay=1.0))
 
 
 def cosine(warmup_epochs, **changes):
@@ -185,6 +276,123 @@ def pycls_cosine():
   """The paper's schedule: set once an epoch, warm-up from 0.1, to 0.005."""
   return cosine(warmup_epochs=5.0, warmup_start=0.1, per='epoch', final=0.005,
                 progress='from_start')
+
+
+def staircase(warmup_steps, drops):
+  """A linear warm-up, then a tenth of the rate after each drop (BiT).
+
+  Args:
+    warmup_steps: its length.
+    drops: fractions of the run.
+  """
+  return ConfigDict(dict(
+      name='staircase', warmup_steps=warmup_steps, warmup_start=0.0,
+      cooldown_steps=0, per='step', drops=drops, drop_factor=0.1))
+
+
+def bit_hyperrule(num_train):
+  """BiT's rule for any data set, but for the crop (`bit_crop`).
+
+  Source: arXiv 1912.11370, section 3.3, and big_transfer's bit_hyperrule.py.
+
+  Args:
+    num_train: training examples.
+
+  Returns:
+    (steps, steps of warm-up, fractions of the run after which the rate is
+    divided by ten, mixup's alpha or 0).
+  """
+  if num_train < 20_000:
+    return 500, 100, (0.4, 0.6, 0.8), 0.0
+  if num_train < 500_000:
+    return 10_000, 500, (0.3, 0.6, 0.9), 0.1
+  return 20_000, 500, (0.3, 0.6, 0.9), 0.1
+
+
+def bit_crop(height, width):
+  """(side to resize to, side of the random crop) for images of a size.
+
+  The paper's sides. Its code has 512 and 480 for the larger images, which the
+  paper has for BiT-R152x4 only.
+  """
+  return (160, 128) if height * width < 96 * 96 else (448, 384)
+
+
+def crop(c, name, res):
+  """Sets how images are cropped to a size, and flipped.
+
+  Args:
+    c: config.
+    name: a key of `CROPS`.
+    res: pixels of the sides.
+  """
+  large = _BEFORE_CROP.get(res, round(res * 7 / 6))
+  train, evaluate = (part.format(res=res, large=large) for part in CROPS[name])
+  c.input.pp = f'decode|{train}|flip_lr'
+  c.input.eval_pp = f'decode|{evaluate}'
+
+
+def is_run(path):
+  """Whether a path is the workdir of a run."""
+  return bool(path) and (epath.Path(path) / 'config.json').exists()
+
+
+def model_of_run(c, workdir):
+  """Gives a config the model of a run, and what it is fed with.
+
+  Without its dropout, stochastic depth, head bias and dense layer before the
+  head, as models are fine-tuned.
+
+  Args:
+    c: config.
+    workdir: of the run.
+  """
+  run = ConfigDict(json.loads(
+      (epath.Path(workdir) / 'config.json').read_text()))
+  c.model = run.model
+  for key in ('dropout', 'stochastic_depth', 'head_bias'):
+    if key in c.model:
+      c.model[key] = 0.0
+  if 'pre_logits' in c.model:
+    c.model.pre_logits = False
+  c.input.mean, c.input.std = tuple(run.input.mean), tuple(run.input.std)
+  for key in ('channels', 'pp', 'eval_pp'):
+    c.input[key] = run.input[key]
+
+
+def freeze(c, tune, blocks):
+  """Sets what is not trained.
+
+  Args:
+    c: config, with its model.
+    tune: 'all' or 'head', a linear probe.
+    blocks: how many of the first blocks are frozen, with all before them; -1:
+      not even the stem.
+
+  Raises:
+    ValueError: both, or blocks that have no names of their own.
+  """
+  if tune == 'head' and blocks >= 0:
+    raise ValueError('tune=head freezes all blocks, and freeze is given, too.\n'
+                     'Leave one of them out.')
+  if tune == 'head':
+    c.frozen = ('(?!head/).*',)
+  if blocks < 0:
+    return
+  if c.model.size.startswith('BiT') or (blocks and c.model.scan):
+    raise ValueError(
+        f'freeze={blocks} cannot tell the blocks of this model apart (it is a '
+        'BiT, or its blocks are stacked by model.scan).\n'
+        'Say what to freeze with --config.frozen, or leave freeze out.')
+  c.frozen = (r'(stem/.*|cls|pos_embedding)', *(
+      rf'(encoder/)?block_{i:02d}/.*' for i in range(blocks)))
+
+
+def class_names(text):
+  """The names that an argument lists: 'cat+dog', or '0-4' for five numbers."""
+  if match := re.fullmatch(r'(\d+)-(\d+)', text):
+    return tuple(map(str, range(int(match[1]), int(match[2]) + 1)))
+  return tuple(filter(None, text.split('+')))
 
 
 def vit_c_rates(stem, size, optimizer, settings):
@@ -277,9 +485,11 @@ def set_data(c, data):
 
   Args:
     c: config.
-    data: a folder, a file that ends in .npz, or tfds:NAME[:VERSION].
+    data: a folder, a file that ends in .npz, tfds:NAME[:VERSION] or digits.
   """
-  if data.startswith('tfds:'):
+  if data == 'digits':
+    c.input.source = data
+  elif data.startswith('tfds:'):
     c.input.source, c.input.path = 'tfds', data.removeprefix('tfds:')
   else:
     c.input.source = 'arrays' if data.endswith('.npz') else 'folder'
@@ -299,7 +509,8 @@ def smoke(c):
   """
   if c.input.source != 'digits':
     c.input.update(source='made', path='', holdout=0.25, stream=False,
-                   data_dir='', train_split='train', eval_split='')
+                   data_dir='', train_split='train', eval_split='',
+                   only_classes=())
     for evaluator in c.evaluators.values():
       evaluator.split = 'val'
   c.input.update(num_train=0, num_classes=0)
@@ -307,11 +518,16 @@ def smoke(c):
     for key in ('pp', 'eval_pp'):
       c.input[key] = c.input[key].replace(f'({size}', f'({small}')
   c.global_batch_size, c.eval.batch_size = 8, 8
-  c.model.scan = True  # one block compiles, whatever the depth
-  c.model.batch_norm_group = min(c.model.batch_norm_group, 4)
   c.precise_bn.examples = min(c.precise_bn.examples, 16)
-  if not c.model.size.startswith('R') and c.model.stem != 'S4':
+  family = c.model.size.partition('-')[0]
+  if family in ('BiT', 'Mixer'):
+    c.model.size = f'{family}-micro'
+  elif not c.model.size.startswith('R') and c.model.stem != 'S4':
     c.model.size = 'micro'
+  if 'scan' in c.model:
+    c.model.scan = True  # one block compiles, whatever the depth
+  if 'batch_norm_group' in c.model:
+    c.model.batch_norm_group = min(c.model.batch_norm_group, 4)
   for section, key, steps in (
       (c, 'total', 4), (c.schedule, 'warmup', 1), (c.log, 'every', 1),
       (c.eval, 'every', 0), (c.checkpoint, 'every', 0)):

@@ -5,6 +5,7 @@ progress through the run; the first update is step 0, so that a warm-up from 0
 makes the first update a null one, as in big_vision.
 """
 import jax.numpy as jnp
+import numpy as np
 
 from vit_jax import choices
 from vit_jax import durations
@@ -28,7 +29,7 @@ def linear(final):
 
 
 SHAPES = {'cosine': cosine, 'linear': linear}
-NAMES = (*SHAPES, 'rsqrt', 'constant')
+NAMES = (*SHAPES, 'rsqrt', 'staircase', 'constant')
 
 
 def create(config, units, total_steps):
@@ -37,12 +38,15 @@ def create(config, units, total_steps):
   Args:
     config: `name`; `warmup_*` (duration) and `warmup_start` (fraction of the
       shape at step 0); `cooldown_*` (duration of the last, linear fall to 0);
-      `per`; cosine and linear: `final`, `progress`; rsqrt: `timescale_*`.
+      `per`; cosine and linear: `final`, `progress`; rsqrt: `timescale_*`;
+      staircase: `drops` (fractions of the run after which the rate falls) and
+      `drop_factor` (what it is multiplied with each time).
     units: `durations.Units`.
     total_steps: length of the run.
 
   Source: big_vision's formulae; the paper's code (pycls) for `per='epoch'`,
-  `progress='from_start'`, `warmup_start=0.1`, `final=0.005`.
+  `progress='from_start'`, `warmup_start=0.1`, `final=0.005`; big_transfer's
+  bit_hyperrule.py for `staircase`.
 
   Raises:
     ValueError: unknown name, a fraction that is none, or a warm-up longer than
@@ -75,6 +79,16 @@ def create(config, units, total_steps):
   elif name == 'rsqrt':
     timescale = max(steps('timescale'), 1)
     value = lambda t: 1 / jnp.sqrt(1 + jnp.maximum(t - warmup, 0) / timescale)
+  elif name == 'staircase':
+    drops, factor = config['drops'], fraction('drop_factor')
+    if not isinstance(drops, (tuple, list)):
+      raise ValueError(f'schedule.drops={drops!r} is no tuple.\n'
+                       'Give fractions of the run, such as (0.3, 0.6, 0.9).')
+    ends = np.array([
+        round(total_steps * ranges.check('schedule.drops', d, 0, 1))
+        for d in drops], np.float32)
+    # A step at which the rate falls is the last one at the old rate.
+    value = lambda t: factor ** jnp.sum(t > ends).astype(jnp.float32)
   else:
     value = lambda t: jnp.ones(())
 

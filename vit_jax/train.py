@@ -112,10 +112,11 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
   start = int(state.step)
   workdir_lib.record(workdir, resolved, data.class_names)
   writer = metric_writer.MetricWriter(workdir, start, run.total_steps, logger)
-  say(f'{devices.summary()}\n{workdir}: {param_paths.size(run.trained):,} '
-      f'trained parameters, {run.units.describe(run.total_steps)}, '
-      f'starting after {start}\n'
-      f'{optimizer.describe(config.optimizer)}\n'
+  trained = param_paths.size(run.trained)
+  fixed = param_paths.size(run.variables['params']) - trained
+  say(f'{devices.summary()}\n{workdir}: {trained:,} trained and {fixed:,} frozen '
+      f'parameters, {run.units.describe(run.total_steps)}, starting after '
+      f'{start}\n{optimizer.describe(config.optimizer, run.trained)}\n'
       f'augment: {config.augment or "none"}')
 
   step_fn = compile_step(

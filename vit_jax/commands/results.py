@@ -1,16 +1,21 @@
 """Final metrics of finished runs by config, mean and spread over seeds.
 
   vit-jax results RUN_DIR [RUN_DIR ...] [--metric test_ema/top1]
+                  [--versus RUN_DIR [RUN_DIR ...]]
 
 Runs whose configs differ in nothing but the seed form a row; a row is named by
 the keys in which the groups differ. Without --metric it is the averaged
 weights' top-1 where a run kept an average, else the raw weights'.
+
+With --versus both lists are one row each, and the differences between runs of
+equal seeds have a mean and a 95 % interval: Student's t.
 """
 import argparse
 import json
 import statistics
 
 from etils import epath
+from scipy import stats
 
 from vit_jax import config as config_lib
 from vit_jax import metric_writer
@@ -25,8 +30,10 @@ def main(argv):
   parser = argparse.ArgumentParser(prog='vit-jax results')
   parser.add_argument('runs', nargs='+')
   parser.add_argument('--metric', default='')
+  parser.add_argument('--versus', nargs='+', default=[])
   args = parser.parse_args(argv)
-  print(table(args.runs, args.metric))
+  print(paired(args.runs, args.versus, args.metric) if args.versus
+        else table(args.runs, args.metric))
   return 0
 
 
@@ -52,12 +59,43 @@ def table(runs, metric=''):
            + ' |', '|' + '---|' * (len(names) + 5)]
   for key, values in groups.items():
     cells = [json.loads(dict(key).get(n, '"-"')) for n in names]
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    stats = [statistics.mean(values), spread, min(values), max(values)]
-    lines.append('| ' + ' | '.join(
-        [*map(str, cells), str(len(values)), *(f'{v:.2%}' for v in stats)])
-        + ' |')
+    lines.append(_line(cells, values))
   return '\n'.join(lines)
+
+
+def _line(cells, values):
+  spread = statistics.stdev(values) if len(values) > 1 else 0.0
+  numbers = [statistics.mean(values), spread, min(values), max(values)]
+  cells = [*map(str, cells), str(len(values)), *(f'{v:.2%}' for v in numbers)]
+  return '| ' + ' | '.join(cells) + ' |'
+
+
+def paired(runs, others, metric=''):
+  """Returns a table of two lists of runs, and their difference by seed.
+
+  Raises:
+    ValueError: a folder without a finished run, or seeds that are not the same
+      two or more, each once, on both sides.
+  """
+  sides = [[read(run, metric) for run in side] for side in (runs, others)]
+  seeds = [[config['seed'] for config, _ in side] for side in sides]
+  if sorted(seeds[0]) != sorted(seeds[1]) or len(set(seeds[0])) < max(
+      len(seeds[0]), 2):
+    raise ValueError(
+        f'The seeds are {seeds[0]} and, after --versus, {seeds[1]}.\n'
+        'Give runs of the same seeds on both sides, two or more, each once.')
+  ours, theirs = (dict(zip(numbers, (value for _, value in side), strict=True))
+                  for numbers, side in zip(seeds, sides, strict=True))
+  gains = [ours[seed] - theirs[seed] for seed in sorted(ours)]
+  mean = statistics.mean(gains)
+  half = stats.t.ppf(0.975, len(gains) - 1) * stats.sem(gains)
+  return '\n'.join([
+      '| side | runs | mean | sd | min | max |', '|' + '---|' * 6,
+      _line(['runs'], list(ours.values())),
+      _line(['versus'], list(theirs.values())),
+      f'Difference of {len(gains)} pairs of equal seeds: {100 * mean:+.2f} '
+      f'points, 95 % interval {100 * (mean - half):+.2f} to '
+      f'{100 * (mean + half):+.2f}.'])
 
 
 def read(run, metric=''):
