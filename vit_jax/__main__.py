@@ -16,6 +16,9 @@ COMMANDS = {
     'soak': ('vit_jax.commands.soak', 'memory of the input pipeline over time'),
     'doctor': ('vit_jax.commands.doctor', 'versions, devices, mismatches'),
     'zoo': ('vit_jax.commands.zoo', 'released checkpoints: list, download'),
+    'convert': (
+        'vit_jax.commands.convert', 'a model file of released weights, a run'),
+    'predict': ('vit_jax.commands.predict', 'top classes of images'),
     'results': ('vit_jax.commands.results', 'final metrics of runs, by config'),
 }
 
