@@ -50,7 +50,7 @@ class Model:
 
   Attributes:
     config: what `models.create` takes, such as a config's section `model`;
-      num_classes may be missing.
+      num_classes is added.
     variables: {'params', 'batch_stats'}: nested dicts of arrays.
     class_names: in the order of the logits.
     preprocessing: {'eval_pp', 'mean', 'std', 'channels', 'image_shape'}.
@@ -85,9 +85,7 @@ class Model:
   @functools.cached_property
   def module(self):
     """The linen module, with its dtype for this machine."""
-    fields = {k: v for k, v in self.config.items() if k != 'num_classes'}
-    return models.create(num_classes=len(self.class_names),
-                         **train_state.model_fields(fields, ()))
+    return create_module(self.config)
 
   @property
   def image_shape(self):
@@ -172,16 +170,16 @@ class Model:
   def _on_device(self):
     return jax.device_put(self.variables)
 
-  @functools.cached_property
-  def _forward(self):
+  def forward(self, variables, images):
+    """(logits, probabilities) of uint8 [B, H, W, C]; traceable."""
+    logits = self.apply(variables, images)
     loss = self.facts.get('config', {}).get('loss', {}).get('name')
     squash = jax.nn.sigmoid if loss == 'sigmoid_xent' else jax.nn.softmax
+    return logits, squash(logits)
 
-    def forward(variables, images):
-      logits = self.apply(variables, images)
-      return logits, squash(logits)
-
-    return jax.jit(forward)
+  @functools.cached_property
+  def _forward(self):
+    return jax.jit(self.forward)
 
   def _run(self, images, batch_size):
     return in_batches(lambda batch: self._forward(self._on_device, batch),
@@ -195,6 +193,14 @@ class Model:
           f'The images are {images.dtype} {images.shape}, and the model takes '
           f'uint8 {("N", *self.image_shape)}.\nLet model.preprocess make them.')
     return images
+
+
+def create_module(config):
+  """The linen module of a `Model`'s config; ValueError for a wrong one."""
+  fields = {'dtype': 'auto', **config}
+  num_classes = fields.pop('num_classes')
+  return models.create(
+      num_classes=num_classes, **train_state.model_fields(fields, ()))
 
 
 def in_batches(function, images, batch_size):

@@ -37,7 +37,6 @@ from vit_jax import model_file
 from vit_jax import models
 from vit_jax import param_paths
 from vit_jax import pretrained
-from vit_jax import train_state
 from vit_jax import workdir as workdir_lib
 from vit_jax.pretrained import guess as guess_lib
 
@@ -105,9 +104,7 @@ def of_checkpoint(args):
                      'size that has a name here.\nGive --size, if one fits.')
   resolution = args.resolution or found.resolution or (
       480 if fields['size'].startswith('BiT') else 224)
-  model = models.create(**train_state.model_fields(
-      {k: v for k, v in fields.items() if k != 'num_classes'} | {
-          'dtype': 'auto'}, ()), num_classes=fields['num_classes'])
+  model = model_file.create_module(fields)
   shape = (resolution, resolution, 3)
   variables = jax.eval_shape(
       lambda key, x: model.init(key, x, train=False), jax.random.key(0),
@@ -116,7 +113,7 @@ def of_checkpoint(args):
       args.checkpoint, variables, grid=models.grid(model, shape))
   print(report)
   return model_file.Model(
-      {**fields, 'dtype': 'auto'},
+      fields,
       {kind: param_paths.unflatten(flat) for kind, flat in given.items()},
       read_classes(args.classes, fields['num_classes']),
       guess_lib.preprocessing(
