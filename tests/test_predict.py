@@ -201,7 +201,8 @@ def test_evaluate_repeats_the_numbers_of_training(finished, capsys, tmp_path):
     assert image.width > 300 and np.asarray(image.convert('L')).std() > 10
 
 
-def test_evaluate_matches_classes_by_name(finished, capsys, tmp_path):
+def test_evaluate_matches_classes_by_name(
+    finished, capsys, tmp_path, monkeypatch):
   """Other names in another order, and fewer of them, give the same answers."""
   model = model_file.load(finished[0])
   test = sources.digits('', 0, ()).evals['test']
@@ -220,6 +221,8 @@ def test_evaluate_matches_classes_by_name(finished, capsys, tmp_path):
   numbers = _numbers(out)
   assert numbers['count'] == kept
   assert abs(numbers['top1'] - right[labels < 5].mean()) < 1e-4
+  monkeypatch.setitem(sys.modules, 'tensorflow', None)
+  assert _numbers(call(capsys, *flags, '--map', mapped)[1]) == numbers
   code, _, err = call(capsys, *flags)
   assert code == 2 and len(err.splitlines()) == 2
   assert "no class 'four', 'one', 'three', 'two', 'zero'" in err
