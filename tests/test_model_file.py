@@ -3,6 +3,9 @@ import json
 import os
 import struct
 
+from etils.epath import gpath
+import fsspec
+from fsspec.implementations import memory
 import jax
 import numpy as np
 from PIL import Image
@@ -233,6 +236,26 @@ def test_a_failed_save_leaves_nothing(small, tmp_path, monkeypatch):
     model_file.save(path, small[1])
   assert os.listdir(tmp_path) == [model_file.NAME]
   assert os.stat(path).st_mtime_ns == before
+
+
+def test_a_remote_model_file(small, monkeypatch):
+  """Through fsspec, as it is for gs:// without TensorFlow."""
+  monkeypatch.setattr(gpath, '_is_tf_installed', lambda: False)
+
+  class Store(memory.MemoryFileSystem):
+    protocol = 's3'
+    store, pseudo_dirs = {}, ['']
+
+  fsspec.register_implementation('s3', Store, clobber=True)
+  path = f's3://bucket/{model_file.NAME}'
+  model_file.save(path, small[1])
+  assert model_file.exists('s3://bucket')
+  for source in (path, 's3://bucket'):
+    jax.tree.map(np.testing.assert_array_equal,
+                 model_file.load(source).variables['params'],
+                 small[1].variables['params'])
+  with runs.refused('There is no model file s3://bucket/no'):
+    model_file.load('s3://bucket/no.safetensors')
 
 
 def test_images_that_a_model_cannot_take(small, tmp_path):

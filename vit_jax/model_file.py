@@ -157,6 +157,12 @@ class Model:
     """
     return self._run(images, batch_size)[1]
 
+  def describe_preprocessing(self):
+    """One line: what becomes of an image, and then of its pixels x."""
+    line, mean, std = (
+        self.preprocessing[key] for key in ('eval_pp', 'mean', 'std'))
+    return f'{line}, then (x/255 - {mean}) / {std}'
+
   @functools.cached_property
   def num_parameters(self):
     """Numbers in `params`."""
@@ -329,6 +335,26 @@ def save(path, model):
     with contextlib.suppress(OSError):
       os.remove(part)
     raise
+
+
+def save_as(out, model):
+  """`save` for a command's --out: a .safetensors file, or a folder for one.
+
+  Returns:
+    The file's path.
+
+  Raises:
+    ValueError: it cannot be written.
+  """
+  if not out.endswith('.safetensors'):
+    workdir_lib.make(out)
+    out = os.path.join(out, NAME)
+  try:
+    save(out, model)
+  except OSError as e:
+    raise ValueError(f'Cannot write {out}: {e.strerror or e}.\n'
+                     'Name another file with --out.') from None
+  return out
 
 
 def load(path):

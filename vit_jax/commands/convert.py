@@ -50,17 +50,8 @@ def main(argv):
     raise ValueError('Give either --checkpoint FILE or --run WORKDIR.\n'
                      'For example: --checkpoint B_16.npz --out b16')
   model = of_run(args.run) if args.run else of_checkpoint(args)
-  out = args.out
-  if not out.endswith('.safetensors'):
-    workdir_lib.make(out)
-    out = os.path.join(out, model_file.NAME)
-  try:
-    model_file.save(out, model)
-  except OSError as e:
-    raise ValueError(f'Cannot write {out}: {e.strerror or e}.\n'
-                     'Name another file with --out.') from None
-  print(describe(model))
-  print(f'wrote {out}')
+  path = model_file.save_as(args.out, model)
+  print(f'{describe(model)}\nwrote {path}')
   return 0
 
 
@@ -81,13 +72,11 @@ def describe(model):
   """Lines on a `model_file.Model`: what it is, what it takes."""
   names = model.class_names
   some = ', '.join(names[:3]) + (', ...' if len(names) > 3 else '')
-  p = model.preprocessing
   fields = ' '.join(f'{k}={v}' for k, v in model.config.items()
                     if k in FIELDS)
   return (f'model          {fields}, {model.num_parameters:,} parameters\n'
           f'classes        {len(names):,}: {some}\n'
-          f'preprocessing  {p["eval_pp"]}, then (x/255 - {p["mean"]}) / '
-          f'{p["std"]}')
+          f'preprocessing  {model.describe_preprocessing()}')
 
 
 def of_checkpoint(args):

@@ -54,9 +54,7 @@ def main(argv):
   data, split = open_data(model, args.data, args.split)
   evaluation = Evaluation(model, data, split, read_map(args.map), args.batch)
   result, confusion = evaluation.run(model)
-  p = model.preprocessing
-  print(f'preprocessing  {p["eval_pp"]}, then (x/255 - {p["mean"]}) / '
-        f'{p["std"]}\n'
+  print(f'preprocessing  {model.describe_preprocessing()}\n'
         f'data           {args.data}, split {split} (there is: '
         f'{", ".join(data.evals)})\n'
         f'classes        {len(data.class_names):,} of the model\'s '

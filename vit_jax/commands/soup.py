@@ -18,7 +18,6 @@ Flags:
 import argparse
 import dataclasses
 import functools
-import os
 
 import jax
 import numpy as np
@@ -76,16 +75,7 @@ def main(argv):
       result, _ = evaluation.run(model)
       print(f'{name}: {evaluate.describe(result, evaluation.num_examples)}')
     soup.facts['metrics'] = {f'{split}/{k}': v for k, v in result.items()}
-  path = args.out
-  if not path.endswith('.safetensors'):
-    workdir_lib.make(path)
-    path = os.path.join(path, model_file.NAME)
-  try:
-    model_file.save(path, soup)
-  except OSError as e:
-    raise ValueError(f'Cannot write {path}: {e.strerror or e}.\n'
-                     'Name another file with --out.') from None
-  print(f'wrote {path}')
+  print(f'wrote {model_file.save_as(args.out, soup)}')
   return 0
 
 
