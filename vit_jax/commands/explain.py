@@ -113,7 +113,7 @@ def draw(image, rolled, heads, title, path):
   for ax, (name, share) in zip(axes, panels, strict=False):
     ax.imshow(np.repeat(image, 3, -1) if image.shape[-1] == 1 else image)
     if share is not None:
-      name += f'\n{share.min():.1%} to {share.max():.1%}'
+      name += f'\n{share.min():.2%} to {share.max():.2%}'
       ax.imshow(_enlarged(share, image.shape[:2]), cmap='inferno', alpha=0.6)
     ax.set_title(name, fontsize=8)
   evaluate.save_figure(fig, path)
