@@ -24,6 +24,7 @@ CORE = [
     'matplotlib>=3.9,<4',
     'rich>=13,<16',
     'packaging>=24',
+    'flatbuffers>=24.3,<27',  # jax.export writes with it
 ]
 # What the tf.data pipeline needs (folders of images, TFDS).
 # tensorflow-datasets does not depend on tensorflow: name both.

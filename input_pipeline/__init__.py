@@ -19,10 +19,12 @@ from input_pipeline.dataset import class_counts
 from input_pipeline.dataset import Data
 from input_pipeline.dataset import image_shape
 from input_pipeline.dataset import open_data
+from input_pipeline.dataset import parse_eval_pp
 from input_pipeline.pipeline import eval_batches
+from input_pipeline.pipeline import preprocess
 from input_pipeline.pipeline import train_batches
 
 __all__ = [
     'Data', 'class_counts', 'eval_batches', 'image_shape', 'open_data',
-    'to_device', 'train_batches',
+    'parse_eval_pp', 'preprocess', 'to_device', 'train_batches',
 ]

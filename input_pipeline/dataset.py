@@ -72,11 +72,10 @@ def open_data(config_input, data_seed, splits=None):
   name, channels = section['source'], section['channels']
   tfds_only = {k: config_input[k] for k in sources.TFDS_ONLY}
   train_ops = ops_.parse(section['pp'], 'pp')
-  eval_ops = ops_.parse(section['eval_pp'], 'eval_pp')
+  eval_ops = parse_eval_pp(section['eval_pp'])
   order.check_seed(data_seed)
   _check_values(section)
   _check_tfds_only(name, tfds_only)
-  _check_not_random(eval_ops)
 
   classes = section['classes']
   class_names = sources.read_classes(path=classes) if classes else ()
@@ -127,14 +126,20 @@ def _check_values(section):
         'Take the number of training images of each class, or 0 for all.')
 
 
-def _check_not_random(eval_ops):
-  """Raises ValueError for ops that draw."""
+def parse_eval_pp(text):
+  """`ops.parse` of input.eval_pp, which may not draw random numbers.
+
+  Raises:
+    ValueError: see `ops.parse`; or it does.
+  """
+  eval_ops = ops_.parse(text, 'eval_pp')
   random_ops = [name for name, op in ops_.OPS.items()
                 if op.draws and op in map(type, eval_ops)]
   if random_ops:
     raise ValueError(
         f'input.eval_pp contains {", ".join(random_ops)}: random.\n'
         'Evaluation is not: use resize_small and central_crop.')
+  return eval_ops
 
 
 def _check_tfds_only(source, options):

@@ -201,7 +201,7 @@ def _from_folders(root, part):
       for entry in sorted(entries, key=lambda e: e.name):
         if entry.is_dir():
           nested.append(entry.path)
-        elif _looks_like_image(entry):
+        elif looks_like_image(entry):
           files.append(os.fsencode(entry.name))
         else:
           ignored.append(entry.path)
@@ -271,7 +271,7 @@ def _from_flat(root, part, classes):
         f'image has.\nSort the images into folders named after the classes, '
         f'or write {candidates[3]} with lines "file name, space, class".')
   with os.scandir(top) as entries:
-    images = {e.name for e in entries if _looks_like_image(e)}
+    images = {e.name for e in entries if looks_like_image(e)}
   rows = {}
   for where, path, label in _read_labels(file):
     name = os.path.basename(path)
@@ -383,7 +383,8 @@ def _subfolders(path):
         e.name for e in entries if e.is_dir() and not e.name.startswith('.'))
 
 
-def _looks_like_image(entry):
+def looks_like_image(entry):
+  """Whether a directory entry is an image file; see the module's top."""
   if entry.name.startswith('.') or not entry.is_file():
     return False
   if entry.name.lower().endswith(_SUFFIXES):

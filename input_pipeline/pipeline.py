@@ -336,10 +336,8 @@ def _numpy_images(job, start, count):
         ok = np.array([f is not None for f in found])
         failures = {row: t for row, t in enumerate(tried) if t}
       else:
-        pixels = ops_numpy.to_channels(source.read(index), shape[-1])
-        images = [
-            ops_numpy.apply(p, ops, ops_.views(ops, *p.shape[:2], d))
-            for p, d in zip(pixels, draws, strict=True)]
+        images = [preprocess(p, ops, shape[-1], d) for p, d in zip(
+            source.read(index), draws, strict=True)]
         labels, ok = source.labels[index], np.ones(len(index), bool)
         failures = {}
       yield np.stack(images), np.array(labels, np.int32), ok, failures
@@ -358,8 +356,37 @@ def decode_example(source, ops, draws, channels, index, record=None):
     READ_ERRORS: it cannot be read.
   """
   content, label = source.load(index, record)
-  image = ops_numpy.open_image(content)
-  width, height = image.size
-  views = ops_.views(ops, height, width, draws, ops_numpy.is_jpeg(image))
-  pixels = ops_numpy.pixels(image, channels, views[0].scale)
-  return ops_numpy.apply(pixels, ops, views), label
+  return preprocess(content, ops, channels, draws), label
+
+
+def preprocess(image, ops, channels, draws=()):
+  """What the ops make of one image, without TensorFlow.
+
+  Args:
+    image: an image file's bytes, a Pillow image, or uint8 [H, W] or
+      [H, W, 1 or 3].
+    ops: from `ops.parse`.
+    channels: 1 or 3.
+    draws: a row of what `ops.draw` returned; for ops that draw nothing, ().
+
+  Returns:
+    uint8 [h, w, channels].
+
+  Raises:
+    READ_ERRORS: it cannot be read.
+  """
+  if isinstance(image, np.ndarray):
+    pixels = image if image.ndim == 3 else image[..., None]
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or (
+        pixels.shape[-1] not in (1, 3)):
+      raise ValueError(f'it is {image.dtype} {image.shape}, not uint8 [H, W] '
+                       'or [H, W, 1 or 3].\nConvert it.')
+    pixels = ops_numpy.to_channels(pixels, channels)
+    views = ops_.views(ops, *pixels.shape[:2], draws)
+  else:
+    if isinstance(image, bytes):
+      image = ops_numpy.open_image(image)
+    width, height = image.size
+    views = ops_.views(ops, height, width, draws, ops_numpy.is_jpeg(image))
+    pixels = ops_numpy.pixels(image, channels, views[0].scale)
+  return ops_numpy.apply(pixels, ops, views)

@@ -254,7 +254,12 @@ def hold_out(source, names, count):
 
 
 def hold_out_fraction(source, names, fraction):
-  """`hold_out` of a fraction of the examples, with a line in the log."""
+  """`hold_out` of a fraction of the examples, with a line in the log.
+
+  Splits without an evaluation part if the fraction is 0.
+  """
+  if not fraction:
+    return Splits(source, {})
   train, held = hold_out(source, names, round(fraction * source.num_examples))
   logging.info(
       'No evaluation part: holding out %d of %d examples, by class, as "val".',

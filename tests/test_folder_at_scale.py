@@ -138,7 +138,7 @@ def test_listing_is_cached_until_a_folder_changes(tmp_path, monkeypatch):
     os.utime(path, ns=(0, time.time_ns() - 10**10))
   assert paths() == before and os.path.exists(file)
   with monkeypatch.context() as patch:
-    patch.setattr(folder, '_looks_like_image', None)
+    patch.setattr(folder, 'looks_like_image', None)
     assert paths() == before
   fingerprint = np.load(file)['fingerprint']
   for content in (b'', b'PK\3\4', os.urandom(500)):

@@ -74,6 +74,9 @@ def vit_p():
     ('timm_mixer', dict(size='Mixer-micro')),
     ('bit', dict(size='BiT-micro')),
     ('timm_bit', dict(size='BiT-micro')),
+    ('ours', dict(size='micro', stem='conv', scan=True)),
+    ('our_mixer', dict(size='Mixer-micro')),
+    ('our_bit', dict(size='BiT-micro')),
 ])
 def test_what_is_written_is_read(layout, fields, tmp_path):
   variables = shapes(64 if 'R+' in fields['size'] else 32, **fields)

@@ -16,6 +16,14 @@ COMMANDS = {
     'soak': ('vit_jax.commands.soak', 'memory of the input pipeline over time'),
     'doctor': ('vit_jax.commands.doctor', 'versions, devices, mismatches'),
     'zoo': ('vit_jax.commands.zoo', 'released checkpoints: list, download'),
+    'convert': (
+        'vit_jax.commands.convert', 'a model file of released weights, a run'),
+    'predict': ('vit_jax.commands.predict', 'top classes of images'),
+    'evaluate': ('vit_jax.commands.evaluate', 'accuracy of a model file'),
+    'embed': ('vit_jax.commands.embed', 'features of images, from any layer'),
+    'explain': ('vit_jax.commands.explain', 'attention drawn over images'),
+    'export': ('vit_jax.commands.export', 'StableHLO, to serve with jax alone'),
+    'soup': ('vit_jax.commands.soup', 'the average of several models'),
     'results': ('vit_jax.commands.results', 'final metrics of runs, by config'),
 }
 

@@ -318,14 +318,15 @@ def load_weights(run, weights):
     weights: 'ema' (raw where the run kept no averages) or 'raw'.
 
   Returns:
-    {'params': {path: array}, 'batch_stats': {path: array}}.
+    {'params': {path: array}, 'batch_stats': {path: array}, 'step': int,
+    'weights': 'ema' or 'raw', which they are}.
 
   Raises:
     ValueError: no such run or no checkpoint in it.
   """
   folder = os.path.join(run, FOLDER)
   if not epath.Path(folder).is_dir():
-    raise ValueError(f'init_from.run={run} holds no {FOLDER}/ folder.\n'
+    raise ValueError(f'{run} holds no {FOLDER}/ folder.\n'
                      'Give the --workdir of a run that has saved a checkpoint.')
   if weights not in ('ema', 'raw'):
     raise ValueError(f'init_from.weights={weights!r}.\nGive ema or raw.')
@@ -333,7 +334,7 @@ def load_weights(run, weights):
   with ocp.CheckpointManager(_absolute(folder), options=options) as manager:
     step = manager.latest_step()
   if step is None:
-    raise ValueError(f'init_from.run={run} has no complete checkpoint.\n'
+    raise ValueError(f'{run} has no complete checkpoint.\n'
                      'Let it save one first.')
   path = os.path.join(_absolute(folder), str(step), 'default')
   # Read as the nested dicts it was saved as, on the host, whatever mesh wrote
@@ -344,10 +345,13 @@ def load_weights(run, weights):
         lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
     tree = reader.restore(
         path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
-  source = tree['ema'] if weights == 'ema' and tree.get('ema') else tree
+  if not tree.get('ema'):
+    weights = 'raw'
+  source = tree['ema'] if weights == 'ema' else tree
   params = param_paths.merge(source['params'], tree['frozen'] or {})
-  return {'params': param_paths.flatten(params),
-          'batch_stats': param_paths.flatten(source['batch_stats'] or {})}
+  return {'params': param_paths.flatten(params), 'weights': weights,
+          'batch_stats': param_paths.flatten(source['batch_stats'] or {}),
+          'step': int(tree['step'])}
 
 
 def _absolute(path):

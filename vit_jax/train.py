@@ -51,6 +51,7 @@ from vit_jax import errors
 from vit_jax import evaluators
 from vit_jax import experiment
 from vit_jax import metric_writer
+from vit_jax import model_file
 from vit_jax import models
 from vit_jax import optimizer
 from vit_jax import pace
@@ -165,8 +166,13 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
 
   metric_writer.plot_curves(writer.rows, workdir)
   evals.write_classes(workdir)
+  results = results or writer.last(evals.names)
+  # Process 0 knows whether a resumed run has written it before.
+  if not overfit_batch and (start < total_steps or distributed.from_first(
+      not model_file.exists(workdir))):
+    model_file.export(workdir, resolved, data, estimate(state), results)
   say(f'wrote checkpoint, metrics.jsonl, curves.png to {workdir}')
-  return results or writer.last(evals.names)
+  return results
 
 
 def check_finite(metrics, manager):

@@ -45,7 +45,7 @@ class Classification:
     self._step = jax.jit(_make_step(predict, len(data.class_names)),
                          out_shardings=sharding.replicated(mesh))
 
-  def run(self, variables, should_stop=lambda: False):
+  def run(self, variables, should_stop=lambda: False, see=None):
     """Yields (name, value): top1, top5, loss (fractions, nats), counts.
 
     `count` examples were evaluated, `unreadable` ones had no image; together
@@ -55,6 +55,8 @@ class Classification:
       variables: what `model.apply` takes.
       should_stop: asked between batches; True ends the evaluation early, and
         nothing is yielded.
+      see: called with each batch's labels, first choices and mask, as numpy;
+        for a program of one process.
 
     Raises:
       RuntimeError: an example was not counted exactly once.
@@ -69,7 +71,9 @@ class Classification:
           return
         self._step = distributed.compiled(self._step, variables, batch)
         # Fetched every batch: float32 sums on the device would lose counts.
-        new = jax.device_get(self._step(variables, batch))
+        new, chosen = jax.device_get(self._step(variables, batch))
+        if see:
+          see(np.asarray(batch['label']), chosen, np.asarray(batch['mask']))
         new = jax.tree.map(lambda x: x.astype(
             np.int64 if x.dtype.kind == 'i' else np.float64), new)
         sums = new if sums is None else jax.tree.map(np.add, sums, new)
@@ -99,7 +103,8 @@ def _by_class(sums, class_names):
 
 
 def _make_step(predict, num_classes):
-  """Returns step(variables, batch) -> sums over the unmasked examples."""
+  """Returns step(variables, batch) -> (sums over the unmasked examples, the
+  class of each row's highest score)."""
 
   def step(variables, batch):
     logits = predict(variables, batch['image'])  # [B, C]
@@ -120,6 +125,6 @@ def _make_step(predict, num_classes):
         'top5': jnp.sum(mask & (rank < 5)),
         'loss': jnp.sum(jnp.where(mask, loss, 0.0)),
         'unreadable': jnp.sum(batch['unreadable']),
-    }
+    }, jnp.argmax(logits, axis=1)
 
   return step

@@ -92,6 +92,7 @@ class BiT(nn.Module):
             self.width * 2 ** i, 2 if i and not j else 1, self.dtype,
             name=f'stage_{i}_unit_{j:02d}')(x)
     x = nn.relu(_norm('float32', 'norm')(x)).mean(axis=(1, 2))  # [B, 4n]
+    self.sow('intermediates', 'pooled', x)
     return nn.Dense(
         self.num_classes, kernel_init=nn.initializers.zeros,
         bias_init=nn.initializers.constant(self.head_bias),

@@ -33,11 +33,16 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
   Logits and softmax are float32 whatever the inputs' dtype, which is that of
   the result.
   """
+  weights = attention_weights(query, key).astype(value.dtype)
+  return jnp.einsum('bkqn,bnkh->bqkh', weights, value)
+
+
+def attention_weights(query: jax.Array, key: jax.Array) -> jax.Array:
+  """How much each query takes of each token: float32 [B, K, N, N]."""
   logits = jnp.einsum(
       'bqkh,bnkh->bkqn', query * query.shape[-1] ** -0.5, key,
       preferred_element_type=jnp.float32)  # [B, K, N, N]
-  weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-  return jnp.einsum('bkqn,bnkh->bqkh', weights, value)
+  return jax.nn.softmax(logits, axis=-1)
 
 
 class Attention(nn.Module):
@@ -62,6 +67,9 @@ class Attention(nn.Module):
         for name, tokens in (
             ('query', x if asking is None else asking), ('key', x),
             ('value', x)))  # [B, N, K, h]
+    # For whoever asks, by mutable=['intermediates']; otherwise not computed.
+    if self.is_mutable_collection('intermediates'):
+      self.sow('intermediates', 'weights', attention_weights(query, key))
     return nn.DenseGeneral(
         width, axis=(-2, -1), dtype=self.dtype, kernel_init=init.out,
         name='out')(attend(query, key, value))  # [B, N, D]
@@ -127,7 +135,9 @@ class Block(nn.Module):
     y = Mlp(
         self.mlp, self.gelu, self.init_name, self.dropout, self.dtype,
         name='mlp')(y, train=train)
-    return x + self._skip_examples(y, drop_rate, train), None
+    x = x + self._skip_examples(y, drop_rate, train)
+    self.sow('intermediates', 'output', x)
+    return x, None
 
   def _skip_examples(self, y, drop_rate, train):
     """Stochastic depth: zeroes y for some examples, rescales it for the others.
@@ -200,7 +210,7 @@ def apply_blocks(block, fields, x, depth, stochastic_depth, scan, remat, train):
   if scan:
     blocks = nn.scan(
         block, length=depth, in_axes=(0, nn.broadcast),
-        variable_axes={'params': 0},
+        variable_axes={'params': 0, 'intermediates': 0},
         split_rngs={'params': True, 'dropout': True})
     return blocks(**fields, name='blocks')(x, drop_rates, train)[0]
   for i in range(depth):

@@ -44,7 +44,9 @@ class Block(nn.Module):
     y = mlp(y, self.tokens_mlp, 'mlp_tokens').swapaxes(1, 2)
     x = x + self._skip_examples(y, drop_rate, train)
     y = mlp(norm(x, 'norm_channels'), self.channels_mlp, 'mlp_channels')
-    return x + self._skip_examples(y, drop_rate, train), None
+    x = x + self._skip_examples(y, drop_rate, train)
+    self.sow('intermediates', 'output', x)
+    return x, None
 
   def _skip_examples(self, y, drop_rate, train):
     """Zeroes y for some examples, and leaves it as it is for the others.
@@ -102,10 +104,13 @@ class Mixer(nn.Module):
         Block, fields, x, self.depth, self.stochastic_depth, self.scan,
         self.remat, train)
     x = nn.LayerNorm(self.norm_eps, dtype='float32', name='norm')(x)
+    self.sow('intermediates', 'tokens', x)
+    x = x.mean(axis=1)  # [B, D]
+    self.sow('intermediates', 'pooled', x)
     return nn.Dense(
         self.num_classes, kernel_init=nn.initializers.zeros,
         bias_init=nn.initializers.constant(self.head_bias),
-        name='head')(x.mean(axis=1))  # [B, C]
+        name='head')(x)  # [B, C]
 
 
 def create(

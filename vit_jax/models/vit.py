@@ -43,7 +43,10 @@ class ViT(nn.Module):
     map/{probe (1, 1, D), attention, norm, mlp}, only with pool 'map'
     pre_logits/{kernel (D, D), bias}, only with pre_logits
     head/{kernel, bias}
-  The collection `batch_stats` exists where the stem has BatchNorm.
+  The collection `batch_stats` exists where the stem has BatchNorm. With
+  mutable=['intermediates'] it returns, beside the logits, what `features` reads
+  there: `tokens` [B, N, D] behind the encoder, `pooled` [B, D], each block's
+  `output` [B, N, D] and `attention/weights` [B, K, N, N].
 
   The attributes are `create`'s, but for these: `stem` is a module (see
   `stems`); `depth`, `heads` and `mlp` come from the size; `init_name` is
@@ -111,7 +114,9 @@ class ViT(nn.Module):
         stochastic_depth=self.stochastic_depth, scan=self.scan,
         remat=self.remat, dtype=self.dtype, name='encoder')(x, train=train)
 
+    self.sow('intermediates', 'tokens', x)
     x = self._pool(x, train)  # [B, D]
+    self.sow('intermediates', 'pooled', x)
     # float32, like the encoder's output: it costs nothing and keeps logits
     # that differ by less than a bfloat16's 8 bits apart.
     if self.pre_logits:

@@ -4,6 +4,7 @@
 runs nothing that a file contains. `writers` writes.
 """
 import dataclasses
+import functools
 import re
 
 import numpy as np
@@ -125,17 +126,22 @@ def normalize(tensors):
   """The weights among a file's tensors, under their release's own names."""
   for tree in ('opt/target', 'params', 'target'):
     if any(key.startswith(tree + '/') for key in tensors):
-      tensors = {key[len(tree) + 1:]: value for key, value in tensors.items()
-                 if key.startswith(tree + '/')}
+      # Beside the parameters our own files have statistics, with other names.
+      tensors = {key.split('/', tree.count('/') + 1)[-1]: value
+                 for key, value in tensors.items()
+                 if key.startswith((tree + '/', 'batch_stats/'))}
   strip = re.compile(r'(module\.|model\.|_orig_mod\.|vit\.)*')
   found = {}
   for key, tensor in tensors.items():
     key = key[strip.match(key).end():]
     # Names of BiT's layers where the writer counted them.
     key = re.sub(r'(standardized_conv2d|group_norm|conv2d)_\d+', r'\1', key)
-    if match := re.fullmatch(r'(Transformer/encoderblock)(/.*)', key):
+    if match := re.fullmatch(
+        r'(Transformer/encoderblock|(?:encoder/)?blocks)(/.*)', key):
       for i in range(tensor.shape[0]):
-        found[f'{match[1]}_{i}{match[2]}'] = files.Tensor(
+        block = (f'{match[1]}_{i}' if match[1][0] == 'T' else
+                 f'{match[1][:-1]}_{i:02d}')
+        found[f'{block}{match[2]}'] = files.Tensor(
             tensor.shape[1:], lambda t=tensor, i=i: t.load()[i])
     else:
       found[key] = tensor
@@ -160,14 +166,17 @@ def family(params):
   return 'mixer' if any('mlp_tokens' in path for path in params) else 'bit'
 
 
+def shape_of(tensors, layout, ours):
+  """The shape that a file has for our parameter, or None."""
+  for place in layout.places(ours):
+    if place.key in tensors:
+      return tensors[place.key].shape
+  return None
+
+
 def looks_like(tensors, layout):
   """The size of the model in a file, such as 'S/16', or its dimensions."""
-
-  def shape(ours):
-    for place in layout.places(ours):
-      if place.key in tensors:
-        return tensors[place.key].shape
-    return None
+  shape = functools.partial(shape_of, tensors, layout)
 
   def count(ours):
     n = 0
@@ -203,7 +212,10 @@ def looks_like(tensors, layout):
             for name, (_, r) in variants.HYBRIDS.items()}
     return _name(rows, (units, width)) or text
   convolutional = shape('stem/conv_0/kernel')
-  for name, row in variants.SIZES.items():
+  # B/16 and 18GF are one model; who released it says which name people know.
+  is_papers = layout is layouts.LAYOUTS['pycls']
+  for name in sorted(variants.SIZES, key=lambda n: ('/' in n) == is_papers):
+    row = variants.SIZES[name]
     if name not in variants.HYBRIDS and (row.width, row.mlp) == (width, mlp):
       if convolutional and row.depth_conv == depth:
         return f'{name} with a convolutional stem'

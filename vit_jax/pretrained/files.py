@@ -126,14 +126,38 @@ def _npy_header(archive, member):
   return shape, dtype
 
 
-def _open_safetensors(path):
-  size = os.path.getsize(path)
+def metadata(path: str) -> dict[str, str]:
+  """The texts that a .safetensors file holds beside its tensors."""
+  texts = _safetensors_header(path)[0].get('__metadata__')
+  return texts if isinstance(texts, dict) else {}
+
+
+def _safetensors_header(path):
+  """(header, its bytes); ValueError for a file that has none."""
   try:
+    size = os.path.getsize(path)
     with open(path, 'rb') as f:
       (length,) = struct.unpack('<Q', f.read(8))
       if length > min(size, _MAX_HEADER):
         raise ValueError(f'a header of {length} bytes')
       header = json.loads(f.read(length))
+    if not isinstance(header, dict):
+      raise ValueError('a header that is no object')
+    return header, length
+  except Exception as e:
+    raise _no_safetensors(path, e) from None
+
+
+def _no_safetensors(path, error):
+  return ValueError(
+      f'{path} is truncated or no .safetensors file: it starts with '
+      f'{_start(path)} ({_line(error)}).\n{_AGAIN}')
+
+
+def _open_safetensors(path):
+  header, length = _safetensors_header(path)
+  size = os.path.getsize(path)
+  try:
     header.pop('__metadata__', None)
     entries = {
         key: (_SAFE_TYPES[e['dtype']], tuple(e['shape']), *e['data_offsets'])
@@ -143,10 +167,9 @@ def _open_safetensors(path):
           or not 0 <= begin <= end <= size - 8 - length):
         raise ValueError(f'{key} does not lie in the file')
   except Exception as e:
-    raise ValueError(
-        f'{path} is truncated or no .safetensors file: it starts with '
-        f'{_start(path)} ({_line(e)}).\n{_AGAIN}') from None
+    raise _no_safetensors(path, e) from None
 
+  @functools.lru_cache(maxsize=1)  # blocks that are stacked in one tensor
   def load(dtype, shape, begin):
     array = np.fromfile(
         path, dtype, math.prod(shape), offset=8 + length + begin)
@@ -193,10 +216,17 @@ def write_npz(path: str, arrays: dict[str, np.ndarray]) -> None:
     np.savez(f, **arrays)
 
 
-def write_safetensors(path: str, arrays: dict[str, np.ndarray]) -> None:
-  """Writes {key: float32 or float16 array} as .safetensors."""
+def write_safetensors(path: str, arrays: dict[str, np.ndarray],
+                      texts: dict[str, str] | None = None) -> None:
+  """Writes {key: float32 or float16 array} as .safetensors.
+
+  Args:
+    path: of the file.
+    arrays: the tensors.
+    texts: what `metadata` gives back; without, that the names are torch's.
+  """
   names = {np.dtype(v): k for k, v in _SAFE_TYPES.items() if k != 'BF16'}
-  header, offset = {'__metadata__': {'format': 'pt'}}, 0
+  header, offset = {'__metadata__': texts or {'format': 'pt'}}, 0
   for key, array in arrays.items():
     header[key] = {'dtype': names[array.dtype], 'shape': list(array.shape),
                    'data_offsets': [offset, offset + array.nbytes]}

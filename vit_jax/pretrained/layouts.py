@@ -152,8 +152,13 @@ def _torch_units(prefix):
 
 
 _MIXER = r'block_(?P<i>\d+)/'
+_SAME = {'(?P<path>.*)': '{path}'}
 
 LAYOUTS = {
+    # Of `model_file`, blocks unstacked.
+    'ours': Layout('our ViT', 'vit', 'encoder/block_00/norm_mlp/.*', _SAME),
+    'our_mixer': Layout('our Mixer', 'mixer', 'block_00/norm_tokens/.*', _SAME),
+    'our_bit': Layout('our BiT', 'bit', 'stage_0_unit_00/norm_1/.*', _SAME),
     # Written before flax was Linen: one counter for all submodules.
     'augreg': Layout(
         'AugReg .npz (also ViT, SAM, hybrids)', 'vit',
