@@ -115,9 +115,9 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
   writer = metric_writer.MetricWriter(workdir, start, run.total_steps, logger)
   trained = param_paths.size(run.trained)
   fixed = param_paths.size(run.variables['params']) - trained
-  say(f'{devices.summary()}\n{workdir}: {trained:,} trained and {fixed:,} frozen '
-      f'parameters, {run.units.describe(run.total_steps)}, starting after '
-      f'{start}\n{optimizer.describe(config.optimizer, run.trained)}\n'
+  say(f'{devices.summary()}\n{workdir}: {trained:,} trained and {fixed:,} '
+      f'frozen parameters, {run.units.describe(run.total_steps)}, starting '
+      f'after {start}\n{optimizer.describe(config.optimizer, run.trained)}\n'
       f'augment: {config.augment or "none"}')
 
   step_fn = compile_step(
