@@ -31,6 +31,7 @@ _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, SplitMix64's increment
 # Hashes for different uses start differently, so they never coincide.
 _FOR_ORDER, _FOR_DRAWS = 0x6F72646572, 0x6472617773
 _FOR_SUBSTITUTES = 0x7375627374
+_FOR_SUBSETS = 0x73756273657473
 # Orders apart from that of the examples: of streamed files, and of the records
 # in a window (WINDOWS and above).
 FILES, WINDOWS = 1, 2
@@ -155,6 +156,17 @@ def substitute(data_seed, epoch, index, attempt, num_examples):
   with np.errstate(over='ignore'):
     draw = _hash(_FOR_SUBSTITUTES, data_seed, epoch, index, attempt)
   return int(draw) % int(num_examples)
+
+
+@np.errstate(over='ignore')
+def subset_draws(data_seed, index):
+  """uint64 draws of examples, the smallest of which make a subset.
+
+  Args:
+    data_seed: int in [0, 2**63).
+    index: int64 array.
+  """
+  return _hash(_FOR_SUBSETS, data_seed, index)
 
 
 def batch_positions(step, *, num_examples, global_batch_size, epoch='exact',

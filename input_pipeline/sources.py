@@ -19,6 +19,7 @@ from PIL import Image
 
 from input_pipeline import jpeg
 from input_pipeline import messages
+from input_pipeline import order
 
 
 class Source:
@@ -135,6 +136,74 @@ class Subset(Source):
 
   def describe(self, index):
     return self._source.describe(self._rows[index])
+
+
+def choose(splits, only_classes, per_class, data_seed):
+  """Splits with fewer classes, or with a few training examples of each.
+
+  Args:
+    splits: Splits.
+    only_classes: names of the classes to keep, in training and evaluation, in
+      the order of the labels that result; (): all.
+    per_class: training examples of each class; 0: all. The K that are drawn
+      are among those that a larger K draws, and are the same on any number of
+      processes.
+    data_seed: int, of the draw.
+
+  Raises:
+    ValueError: a streamed source, an unknown or repeated class, fewer than two
+      classes, or a class with fewer than per_class examples.
+  """
+  if not only_classes and not per_class:
+    return splits
+  parts = {'train': splits.train, **splits.evals}
+  if any(source.streamed for source in parts.values()):
+    key = 'only_classes' if only_classes else 'per_class'
+    raise ValueError(
+        f'A streamed source has no input.{key}.\n'
+        'Leave it at its default, or copy the data to a local disk.')
+  names = splits.train.class_names
+  chosen = tuple(only_classes) or names
+  for name in chosen:
+    if name not in names:
+      raise ValueError(f'input.only_classes: the data has no class {name!r}.\n'
+                       + messages.choices(name, names))
+  if len(set(chosen)) < max(len(chosen), 2):
+    raise ValueError(
+        f'input.only_classes={chosen!r} are not two or more distinct classes.\n'
+        'Name each class once, and two at the least.')
+  if only_classes:
+    parts = {part: _of_classes(source, chosen)
+             for part, source in parts.items()}
+  if per_class:
+    parts['train'] = _few(parts['train'], per_class, data_seed)
+  return Splits(parts.pop('train'), parts)
+
+
+def _of_classes(source, names):
+  """The examples of some classes, labelled in the order of their names."""
+  new = np.full(len(source.class_names), -1, np.int32)
+  new[[source.class_names.index(name) for name in names]] = range(len(names))
+  labels = new[source.labels]
+  subset = Subset(source, np.flatnonzero(labels >= 0))
+  subset.labels, subset.class_names = labels[labels >= 0], names
+  return subset
+
+
+def _few(source, count, data_seed):
+  """`count` examples of each class, those with the smallest draws."""
+  for name, found in source.counts().items():
+    if found < count:
+      raise ValueError(
+          f'Class {name!r} has {found} training examples and '
+          f'input.per_class={count}.\nLower it, or leave the class out with '
+          'input.only_classes.')
+  draws = order.subset_draws(data_seed, np.arange(source.num_examples))
+  by_class = np.lexsort((draws, source.labels))
+  sizes = np.bincount(source.labels)
+  starts = np.cumsum(sizes) - sizes
+  rows = by_class[(starts[:, None] + np.arange(count)).ravel()]
+  return Subset(source, np.sort(rows))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,7 @@ INPUT = {**sources.TFDS_ONLY, 'source': 'tfds', 'path': 'mini:1.0.0',
          'pp': 'decode|inception_crop(8)|flip_lr',
          'eval_pp': 'decode|resize(8)', 'epoch': 'exact', 'channels': 3,
          'holdout': .1, 'classes': '', 'max_bad_fraction': .05,
-         'repeats': 1}
+         'repeats': 1, 'only_classes': (), 'per_class': 0}
 
 
 def examples(n, seed):
@@ -338,3 +338,16 @@ def test_another_data_set_is_another_experiment():
   of = lambda source, path: {'input': dict(source=source, path=path)}
   assert config.differences(of('tfds', 'a'), of('tfds', 'b'))[0]
   assert config.differences(of('folder', 'a'), of('folder', 'b'))[0] == []
+
+
+def test_some_classes_and_a_few_images_of_each(prepared):
+  chosen = dict(only_classes=('c', 'a'), per_class=4)
+  data = {kind: open_data(d, **chosen) for kind, d in prepared.items()}
+  assert data['tfrecord'].train.counts() == {'c': 4, 'a': 4}
+  first, second = (take(d, 2) for d in data.values())
+  np.testing.assert_array_equal(first[0]['label'], second[0]['label'])
+  np.testing.assert_array_equal(first[0]['image'], second[0]['image'])
+  assert data['tfrecord'].evals['val'].counts() == {'c': 4, 'a': 5}
+  for key, value in chosen.items():
+    with runs.refused(f'streamed source has no input.{key}'):
+      open_data(prepared['tfrecord'], stream=True, **{key: value})

@@ -97,6 +97,8 @@ def base():
       mean=(0.5,), std=(0.5,),  # (x/255 - mean) / std, one or one a channel
       num_train=0,      # expected training examples; 0: as found
       num_classes=0,    # expected classes; 0: as found
+      only_classes=(),  # names of classes, in the order wanted; (): all
+      per_class=0,      # training examples of each, drawn by data_seed; 0: all
       max_bad_fraction=0.001,  # of training images that may be unreadable
       # Only source='tfds':
       data_dir='',      # where TFDS prepared it; '': TFDS's default
