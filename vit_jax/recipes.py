@@ -98,6 +98,7 @@ def base():
       num_train=0,      # expected training examples; 0: as found
       num_classes=0,    # expected classes; 0: as found
       only_classes=(),  # names of classes, in the order wanted; (): all
+      validation=0.0,   # share of the training examples to select on
       per_class=0,      # training examples of each, drawn by data_seed; 0: all
       max_bad_fraction=0.001,  # of training images that may be unreadable
       # Only source='tfds':
