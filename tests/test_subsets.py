@@ -38,7 +38,7 @@ def test_a_draw_belongs_to_its_seed():
   others = [members(opened(seed, per_class=10).train) for seed in range(1, 5)]
   shared = [len(members(ten) & other) for other in others]
   # 10 of about 130 a class: 8 of 100 are shared by chance.
-  assert 0 < min(shared) and max(shared) < 25
+  assert min(shared) > 0 and max(shared) < 25
   # A change of these changes every few-shot run.
   first = opened(0, per_class=1).train
   assert [first.describe(i) for i in range(4)] == GOLDEN

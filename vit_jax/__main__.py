@@ -16,6 +16,8 @@ COMMANDS = {
     'soak': ('vit_jax.commands.soak', 'memory of the input pipeline over time'),
     'doctor': ('vit_jax.commands.doctor', 'versions, devices, mismatches'),
     'zoo': ('vit_jax.commands.zoo', 'released checkpoints: list, download'),
+    'sweep': ('vit_jax.commands.sweep', 'one config at many points'),
+    'study': ('vit_jax.commands.study', 'many runs: do them, report them'),
     'results': ('vit_jax.commands.results', 'final metrics of runs, by config'),
 }
 
