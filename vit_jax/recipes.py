@@ -362,8 +362,10 @@ def study_arm(label, args, stem, optimizer='adamw', epochs=0.0, size=''):
                 'checkpoint.every_steps': 0}
   elif args.scale == 'cifar10':
     file = 'from_scratch_small.py'
-    run |= dict(data=args.data, crop='pad', size=size or 'micro')
-    changes |= {'eval.every_steps': 0}
+    run = dict(optimizer=optimizer, epochs=run['epochs'], data=args.data,
+               crop='pad')
+    changes |= {'model.stem': stem, 'model.size': size or 'micro',
+                'eval.every_steps': 0}
   else:
     file = 'vit_c_i1k.py'
     run |= dict(data=args.data, size=size or '4GF', epochs=int(run['epochs']),

@@ -54,7 +54,8 @@ def _run(argv):
           f'{flop / (0.55 * 790e12) / 3600:.2g} h, an estimate', flush=True)
   if args.only_cost:
     return 0
-  report.describe(folder, args.config, study)
+  if not args.worker:
+    report.describe(folder, ['study', 'run', *argv], study)
   return work(['study', 'run', *argv], args, trials, name, folder, beside)
 
 

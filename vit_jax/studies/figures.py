@@ -66,7 +66,7 @@ def edfs(path, rows, arms):
         share, (low, high) = (f(errors, grid) for f in (
             analysis.edf, analysis.edf_band))
         x = 100 * (grid - best)
-        axis.step(x, share, where='post', label=f'{arm} ({len(errors)} runs)',
+        axis.step(x, share, where='post', label=f'{arm} (best {best:.1%})',
                   **style)
         axis.fill_between(x, low, high, step='post', alpha=0.15, linewidth=0,
                           color=style['color'])

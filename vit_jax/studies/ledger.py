@@ -20,6 +20,7 @@ from vit_jax.studies import plan
 TABLE = 'trials.csv'
 # A worker signs every so many seconds, and after so many without is dead.
 BEAT, DEAD = 20, 180
+_ATTEMPTS = 4
 _CONFIG, _INDEX, _WORKER, _RESULT = 'config', 'index', 'worker', 'result'
 _COLUMNS = ('index', 'arm', 'point', 'test_error', 'validation_error',
             'diverged', 'steps', 'seconds', 'run')
@@ -54,21 +55,31 @@ class Ledger:
     url = storage or f'sqlite:///{os.path.abspath(folder)}/study.db'
     made = optuna.samplers.TPESampler(
         seed=os.getpid(), constant_liar=True) if sampler else None
-    try:
-      options = {'connect_args': {'timeout': 60}} if 'sqlite' in url else {}
-      self._study = optuna.create_study(
-          storage=optuna.storages.RDBStorage(url, engine_kwargs=options),
-          study_name=name, load_if_exists=True, sampler=made)
-    except Exception as e:  # of whichever database
-      reason = ' '.join(str(e).split())[:200]
-      raise ValueError(
-          f'Cannot reach the storage {_without_password(url)}: {reason}.\n'
-          'Start the database server and give its URL with --storage, such as '
-          'postgresql://user:password@host/db; or leave --storage out, for a '
-          'SQLite file.') from None
+    self._study = self._open(url, name, made)
     self._check_same(plan.fingerprint(trials), name)
     if self._space is None:
       self._enqueue()
+
+  def _open(self, url, name, sampler):
+    options = {'connect_args': {'timeout': 60}} if 'sqlite' in url else {}
+    for attempt in range(_ATTEMPTS):
+      try:
+        return self._optuna.create_study(
+            storage=self._optuna.storages.RDBStorage(
+                url, engine_kwargs=options),
+            study_name=name, load_if_exists=True, sampler=sampler)
+      except Exception as e:  # of whichever database
+        # Of two that make the tables at once one fails, and finds them later.
+        if attempt < _ATTEMPTS - 1:
+          time.sleep(0.5 + attempt)
+          continue
+        reason = ' '.join(str(e).split())[:200].replace(
+            url, _without_password(url))
+        raise ValueError(
+            f'Cannot reach the storage {_without_password(url)}: {reason}.\n'
+            'Start the database server and give its URL with --storage, such '
+            'as postgresql://user:password@host/db; or leave --storage out, '
+            'for a SQLite file.') from None
 
   def _check_same(self, text, name):
     kept = self._study.user_attrs.get(_CONFIG)
@@ -180,7 +191,8 @@ class Ledger:
       result: {'test_error', 'validation_error' (or None), 'diverged', ...},
         numbers and text.
     """
-    key.set_user_attr(_RESULT, {**result, **trial.changes})
+    key.set_user_attr(_RESULT, {
+        **result, **trial.changes, 'config': trial.config})
     value = result['validation_error']
     value = result['test_error'] if value is None else value
     # A run that diverged has no error, but is one of those that were tried.

@@ -4,6 +4,7 @@ import html
 import json
 import os
 import re
+import shlex
 
 import numpy as np
 
@@ -41,11 +42,11 @@ PAPER = {
         'stable; no numbers.'}
 
 
-def describe(folder, config, study):
-  """Writes what a study is beside its results, for `write`."""
+def describe(folder, argv, study):
+  """Writes what a study is, and its command, beside its results."""
   os.makedirs(folder, exist_ok=True)
   text = json.dumps({
-      'config': config, 'command': workdir.command_line(),
+      'command': shlex.join(['vit-jax', *argv]),
       'environment': workdir.environment(),
       'study': json.loads(study.to_json())}, indent=1)
   with open(os.path.join(folder, STUDY), 'w', encoding='utf-8') as f:
