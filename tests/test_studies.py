@@ -143,6 +143,23 @@ def test_work_is_recorded_and_not_done_twice(tmp_path):
   assert again.claim() is None and len(again.rows()) == 4
 
 
+def test_what_another_study_ran_is_not_run_twice(tmp_path):
+  texts = {'optimizer': 'optimizer.py:seeds=1',
+           'schedule_length': 'schedule_length.py:seeds=2'}
+  log = []
+  for name, text in texts.items():
+    folder = str(tmp_path / name)
+    todo = trials(16, text)
+    worker.work(ledger.Ledger(name, todo, folder), folder,
+                f'{CONFIGS}/studies', train_by([.1] * 16 + [.2] * 8, log),
+                print)
+  assert len(log) == 16 + 8  # of 16 + 16: those of seed 0 were there
+  rows = ledger.read_table(str(tmp_path / 'schedule_length'))
+  assert [row['test_error'] for row in rows] == pytest.approx(
+      [.1] * 8 + [.2] * 8)
+  assert rows[0]['run'].startswith('../optimizer/runs/')
+
+
 def test_a_trial_that_was_interrupted_is_done_again(tmp_path):
   todo, log = trials(2), []
   book = ledger.Ledger('edf', todo, str(tmp_path))

@@ -6,9 +6,9 @@
 `run` prints what it will cost, then trains: the same command again goes on, on
 the same machine or, with a --storage that they share, on others at the same
 time. Trials of a worker that died are taken again and go on from their last
-checkpoint. DIR/NAME/trials.csv has a row for each finished trial, DIR/NAME/runs
-its curves. `report` writes report.md and report.html beside them, of what is
-there.
+checkpoint. What another study in DIR has run is not run twice.
+DIR/NAME/trials.csv has a row for each finished trial, DIR/NAME/runs its curves.
+`report` writes report.md and report.html beside them, of what is there.
 
 Flags of run:
   --dir DIR         results go to DIR/NAME, of the study's name

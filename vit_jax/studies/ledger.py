@@ -1,12 +1,12 @@
 """Which trials of a study are taken, done, or lost with their worker.
 
 The ledger is an Optuna study in any storage of Optuna's: a SQLite file for one
-machine, PostgreSQL or MySQL where many draw from it. All trials are enqueued
-before the first is taken. Twice the same index can be in the queue (two workers
-began at once, or one was thought dead): the first that was taken counts.
+machine, PostgreSQL or MySQL where many draw from it. The list of trials is kept
+in it when it begins, and each worker takes the first that nobody has.
 """
 import contextlib
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -22,8 +22,8 @@ TABLE = 'trials.csv'
 BEAT, DEAD = 20, 180
 _ATTEMPTS = 4
 _CONFIG, _INDEX, _WORKER, _RESULT = 'config', 'index', 'worker', 'result'
-_COLUMNS = ('index', 'arm', 'point', 'test_error', 'validation_error',
-            'diverged', 'steps', 'seconds', 'run')
+RESULT = ('test_error', 'validation_error', 'diverged', 'steps', 'seconds')
+_COLUMNS = ('index', 'arm', 'point', *RESULT, 'run')
 
 
 class Ledger:
@@ -34,7 +34,7 @@ class Ledger:
 
     Args:
       name: of the study.
-      trials: [plan.Trial]. With a sampler the last one's numbers only count.
+      trials: [plan.Trial].
       folder: of the study's results.
       storage: URL; '': a SQLite file in the folder.
       sampler: '' (the trials as they are) or 'tpe': the points of the trials
@@ -57,8 +57,6 @@ class Ledger:
         seed=os.getpid(), constant_liar=True) if sampler else None
     self._study = self._open(url, name, made)
     self._check_same(plan.fingerprint(trials), name)
-    if self._space is None:
-      self._enqueue()
 
   def _open(self, url, name, sampler):
     options = {'connect_args': {'timeout': 60}} if 'sqlite' in url else {}
@@ -95,52 +93,56 @@ class Ledger:
               f' and {len(lines) - 3} more' if len(lines) > 3 else '')
           + '.\nGive another --dir or --study, or the same config as before.')
 
-  def _enqueue(self):
-    there = {t.user_attrs.get(_INDEX) for t in self._study.get_trials(False)}
-    for trial in self._trials:
-      if trial.index not in there:
-        self._study.enqueue_trial({}, user_attrs={_INDEX: trial.index})
+  def _live(self):
+    """Trials that run, or are done, in the order in which they were taken."""
+    states = self._optuna.trial.TrialState
+    found = self._study.get_trials(False, states=(
+        states.RUNNING, states.COMPLETE))
+    return sorted(found, key=lambda t: t._trial_id)  # no public name
 
   def claim(self):
-    """Takes a trial; returns (plan.Trial, key for `finish`), or None."""
-    states = self._optuna.trial.TrialState
-    self._requeue_dead()
+    """Takes a trial.
+
+    Returns:
+      (plan.Trial, key for `signing`, `finish` and `release`), or None if each
+      is taken.
+    """
+    self._free_dead()
     while True:
-      frozen = self._study.get_trials(False)
-      if self._space is not None:
-        live = [t for t in frozen if t.state != states.FAIL]
-        if len(live) >= len(self._trials):
-          return None
-        return self._claim_sampled(len(live))
-      if not any(t.state == states.WAITING for t in frozen):
+      live = self._live()
+      taken = {t.user_attrs.get(_INDEX) for t in live}
+      left = [t for t in self._trials if t.index not in taken]
+      if not left:
         return None
-      trial = self._study.ask()
-      index = trial.user_attrs.get(_INDEX)
-      taken = {t.user_attrs.get(_INDEX) for t in self._study.get_trials(False)
-               if t.number != trial.number and (
-                   t.state == states.COMPLETE
-                   or (t.state == states.RUNNING
-                       and t.number < trial.number))}
-      if index is None or index in taken:
-        self._study.tell(trial, state=states.FAIL)
-        continue
-      self._sign(trial)
-      return self._trials[index], trial
+      index = left[0].index
+      trial, key = (self._begin_sampled(left[0]) if self._space else
+                    self._begin(left[0]))
+      # Several may have begun it at once: the first one has it.
+      if next(t.number for t in self._live()
+              if t.user_attrs.get(_INDEX) == index) == key.number:
+        return trial, key
+      self.release(key)
 
-  def _claim_sampled(self, place):
-    trial = self._study.ask()
-    changes = {key: trial.suggest_float(key, low, high, log=True)
-               for key, (low, high) in self._space.items()}
-    base = self._trials[place]
-    trial.set_user_attr(_INDEX, base.index)
-    self._sign(trial)
-    return plan.Trial(base.index, base.arm, base.point, base.config,
-                      {**base.changes, **changes}), trial
+  def _begin(self, trial):
+    # In one transaction; a queue of Optuna's is not, in SQLite: two workers
+    # can be given the same trial.
+    number = len(self._study.get_trials(False))
+    self._study.add_trial(self._optuna.trial.create_trial(
+        state=self._optuna.trial.TrialState.RUNNING,
+        user_attrs={_INDEX: trial.index, _WORKER: _signature()}))
+    own = next(t for t in self._study.get_trials(False)[number:]
+               if t.user_attrs.get(_WORKER, {}).get('pid') == os.getpid()
+               and t.user_attrs[_INDEX] == trial.index)
+    return trial, self._optuna.trial.Trial(self._study, own._trial_id)
 
-  def _sign(self, trial):
-    trial.set_user_attr(_WORKER, {
-        'host': platform.node(), 'pid': os.getpid(),
-        'started': _start_of(os.getpid()), 'time': time.time()})
+  def _begin_sampled(self, base):
+    key = self._study.ask()
+    key.set_user_attr(_WORKER, _signature())
+    changes = {name: key.suggest_float(name, low, high, log=True)
+               for name, (low, high) in self._space.items()}
+    key.set_user_attr(_INDEX, base.index)
+    return dataclasses.replace(
+        base, changes={**base.changes, **changes}), key
 
   @contextlib.contextmanager
   def signing(self, key):
@@ -150,7 +152,7 @@ class Ledger:
     def beat():
       while not done.wait(BEAT):
         with contextlib.suppress(Exception):  # the next one may arrive
-          self._sign(key)
+          key.set_user_attr(_WORKER, _signature())
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
@@ -160,30 +162,21 @@ class Ledger:
       done.set()
       thread.join()
 
-  def _requeue_dead(self):
-    """Puts trials of dead workers back into the queue."""
+  def _free_dead(self):
+    """Frees the trials of dead workers."""
     states = self._optuna.trial.TrialState
     for trial in self._study.get_trials(False, states=(states.RUNNING,)):
-      worker = trial.user_attrs.get(_WORKER, {})
       begun = trial.datetime_start.timestamp() if trial.datetime_start else 0
-      if not _is_dead(worker, begun):
-        continue
-      # An error: another worker told of it, or did the same, meanwhile.
-      with contextlib.suppress(ValueError, KeyError):
-        self._study.tell(trial.number, state=states.FAIL)
-        if self._space is None and _INDEX in trial.user_attrs:
-          self._study.enqueue_trial(
-              {}, user_attrs={_INDEX: trial.user_attrs[_INDEX]})
+      if _is_dead(trial.user_attrs.get(_WORKER, {}), begun):
+        with contextlib.suppress(ValueError):  # another did it meanwhile
+          self._study.tell(trial.number, state=states.FAIL)
 
   def release(self, key):
-    """Puts a trial that was not finished back into the queue."""
-    index = key.user_attrs.get(_INDEX)
+    """Frees a trial that was not finished."""
     self._study.tell(key, state=self._optuna.trial.TrialState.FAIL)
-    if self._space is None:
-      self._study.enqueue_trial({}, user_attrs={_INDEX: index})
 
   def finish(self, key, trial, result):
-    """Records a result.
+    """Records a result; whoever was thought dead meanwhile records nothing.
 
     Args:
       key: from `claim`.
@@ -191,23 +184,23 @@ class Ledger:
       result: {'test_error', 'validation_error' (or None), 'diverged', ...},
         numbers and text.
     """
-    key.set_user_attr(_RESULT, {
-        **result, **trial.changes, 'config': trial.config})
     value = result['validation_error']
     value = result['test_error'] if value is None else value
     # A run that diverged has no error, but is one of those that were tried.
-    self._study.tell(key, math.inf if result['diverged'] else value)
+    value = math.inf if result['diverged'] else value
+    with contextlib.suppress(ValueError, RuntimeError):
+      key.set_user_attr(_RESULT, {
+          'arm': trial.arm, 'point': trial.point, **result, **trial.changes,
+          'config': trial.config})
+      self._study.tell(key, value)
 
   def rows(self):
     """[{column: value}] of the finished trials, by index."""
-    done = self._study.get_trials(
-        False, states=(self._optuna.trial.TrialState.COMPLETE,))
     rows = {}
-    for frozen in done:
-      trial = self._trials[frozen.user_attrs[_INDEX]]
-      rows.setdefault(trial.index, {
-          'index': trial.index, 'arm': trial.arm, 'point': trial.point,
-          **frozen.user_attrs[_RESULT]})
+    for trial in self._live():
+      if _RESULT in trial.user_attrs:
+        index = trial.user_attrs[_INDEX]
+        rows.setdefault(index, {'index': index, **trial.user_attrs[_RESULT]})
     return [rows[index] for index in sorted(rows)]
 
   def write_table(self):
@@ -247,6 +240,11 @@ def _named(trials):
   fields = ('index', 'arm', 'point', 'config', 'changes')
   return {f'trial {i}': dict(zip(fields, t, strict=True))
           for i, t in trials.items()}
+
+
+def _signature():
+  return {'host': platform.node(), 'pid': os.getpid(),
+          'started': _start_of(os.getpid()), 'time': time.time()}
 
 
 def _is_dead(worker, begun):

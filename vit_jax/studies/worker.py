@@ -1,5 +1,6 @@
 """Takes trials from a ledger and trains them, each as an ordinary run."""
 import contextlib
+import glob
 import os
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ import time
 
 from vit_jax import checkpoint
 from vit_jax import metric_writer
+from vit_jax.studies import ledger as ledger_lib
 from vit_jax.studies import plan
 
 RUNS = 'runs'
@@ -30,6 +32,11 @@ def work(ledger, folder, beside, train, say, keep_checkpoints=False):
   """
   while claimed := ledger.claim():
     trial, key = claimed
+    if known := elsewhere(trial, folder):
+      ledger.finish(key, trial, known)
+      ledger.write_table()
+      say(f'{trial.index} {trial.name} taken from {known["run"]}')
+      continue
     run = os.path.join(folder, RUNS, trial.name)
     begin = time.time()
     with ledger.signing(key):
@@ -47,6 +54,23 @@ def work(ledger, folder, beside, train, say, keep_checkpoints=False):
     error = ('diverged' if result['diverged'] else
              f'error {result["test_error"]:.2%}')
     say(f'{trial.index} {trial.name} {error} {result["seconds"]:.0f} s')
+
+
+def elsewhere(trial, folder):
+  """The result of the same run in another study beside this one, or None."""
+  beside = os.path.dirname(os.path.abspath(folder))
+  for table in sorted(glob.glob(os.path.join(
+      glob.escape(beside), '*', ledger_lib.TABLE))):
+    path = os.path.dirname(table)
+    if os.path.samefile(path, folder):
+      continue
+    for row in ledger_lib.read_table(path):
+      changes = {k: row.get(k) for k in trial.changes}
+      if (row.get('config'), changes) == (trial.config, trial.changes):
+        return {**{k: row[k] for k in ledger_lib.RESULT},
+                'run': os.path.join(
+                    os.pardir, os.path.basename(path), row['run'])}
+  return None
 
 
 def one(trial, run, beside, train):
