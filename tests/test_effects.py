@@ -37,8 +37,11 @@ import input_pipeline
 from input_pipeline import sources
 from tests import test_config
 from vit_jax import config as config_lib
+from vit_jax import durations
 from vit_jax import models
+from vit_jax import precise_bn
 from vit_jax import recipes
+from vit_jax import schedules
 from vit_jax import sharding
 from vit_jax import train
 from vit_jax.pretrained import files
@@ -98,6 +101,7 @@ EFFECTS = {
     'model.stochastic_depth': ('step', {0.1: 0.2, ...: 0.1}),
     'model.batch_norm': ('step', 'frozen', CONV),
     'model.batch_norm_group': ('step', 32, CONV),
+    'model.conv': ('step', 'im2col'),
     'model.dtype': ('step', 'bfloat16'),
     'model.scan': ('init', {False: True, True: False}),
     'model.remat': ('step', 'full'),
@@ -336,13 +340,13 @@ def observe(config, what, tmp_path, monkeypatch):
     for source in sources.SOURCES:
       patch.setitem(sources.SOURCES, source, reader(source))
     watch(input_pipeline, 'open_data', open_data, ['data'])
-    watch(train.durations, 'cadence', cadence)
+    watch(durations, 'cadence', cadence)
     patch.setattr(train.train_state, 'abstract_variables',
                   abstract_variables)
-    watch(train.schedules, 'create', schedule, ['schedule'])
+    watch(schedules, 'create', schedule, ['schedule'])
     watch(train.evaluators, 'create', evals if what == 'batches' else
           lambda *_: None, ['batches'])
-    watch(train.precise_bn, 'create', estimate, ['estimate'])
+    watch(precise_bn, 'create', estimate, ['estimate'])
     watch(train.train_state, 'init', init, call=what == 'step')
     patch.setattr(train.checkpoint, 'restore', lambda *_: None)
     watch(train.checkpoint, 'Manager', lambda _, folder, *policy: seen.update(

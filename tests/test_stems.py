@@ -1,6 +1,7 @@
 """Stems: shapes, the paper's rules, and what BatchNorm does with statistics."""
 import functools
 
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests import runs
+from vit_jax.models import convolutions
 from vit_jax.models import resnet
 from vit_jax.models import stems
 from vit_jax.models import variants
@@ -112,6 +114,49 @@ def test_standardised_kernels():
   np.testing.assert_allclose(plain.std((0, 1, 2)), 1.0, rtol=1e-4)
   # Without the epsilon a constant kernel would be NaN.
   assert (resnet.standardize(jnp.ones((1, 1, 8, 4))) == 0).all()
+
+
+@pytest.mark.parametrize('size', [32, 33, 28])
+@pytest.mark.parametrize('kernel, stride, padding', [
+    (3, 1, 1), (3, 2, 1), (3, 2, 'SAME'), (1, 1, 'SAME'), (1, 2, 'VALID'),
+    (8, 8, 'VALID')])
+def test_im2col_is_a_convolution(kernel, stride, padding, size):
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=(2, size, size + 5, 3)), jnp.float32)
+  def results(form):
+    conv = nn.Conv(16, (kernel, kernel), strides=stride, padding=padding,
+                   conv_general_dilated=convolutions.FORMS[form])
+    variables = conv.init(jax.random.key(0), x)
+    loss = lambda v, x: (conv.apply(v, x) ** 2).mean()
+    return variables, conv.apply(variables, x), _jit(
+        jax.grad(loss, (0, 1)))(variables, x)
+  xla, im2col = results('xla'), results('im2col')
+  jax.tree.map(np.testing.assert_array_equal, xla[0], im2col[0])
+  assert xla[1].shape == im2col[1].shape
+  for a, b in zip(*map(jax.tree.leaves, (xla, im2col)), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(a).max())
+
+
+@pytest.mark.parametrize('size, stem', [
+    ('micro', 'conv'), ('micro', 'patchify'), ('4GF', 'S1'), ('4GF', 'S4')])
+def test_every_stem_has_both_forms(size, stem):
+  x = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
+  programs, outputs = [], []
+  for form in convolutions.FORMS:
+    module = stems.create(size=size, stem=stem, conv=form)
+    run = lambda key, x, module=module: module.init_with_output(
+        key, x, train=False)
+    programs.append(str(jax.make_jaxpr(run)(jax.random.key(0), x)))
+    outputs.append(_jit(run)(jax.random.key(0), x))
+  assert ['conv_general_dilated' in p for p in programs] == [True, False]
+  (a, one), (b, other) = outputs
+  np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(a).max())
+  jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_a_resnet_has_one_form():
+  with runs.refused("no form 'im2col'"):
+    stems.create(size='R+Ti/16', stem='resnet', conv='im2col')
 
 
 def test_s4_at_micro_lists_what_there_is():

@@ -115,6 +115,7 @@ def base():
       pos_embedding='learned', gelu='erf', norm_eps=1e-6, init='paper',
       head_bias=0.0, dropout=0.0, stochastic_depth=0.0, batch_norm='train',
       batch_norm_group=0,  # examples a BatchNorm statistic; 0: the batch
+      conv='auto',      # of the stem: xla | im2col; auto: see population
       dtype='auto',     # of matmuls: bfloat16 on accelerators, float32 on CPU
       scan=False, remat='none')
   c.loss = dict(name='softmax_xent', label_smoothing=0.1)

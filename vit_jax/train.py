@@ -43,29 +43,22 @@ import jax
 
 import input_pipeline
 import vit_jax
-from vit_jax import augment as augment_lib
 from vit_jax import checkpoint
-from vit_jax import checks
 from vit_jax import config as config_lib
 from vit_jax import devices
 from vit_jax import distributed
-from vit_jax import durations
-from vit_jax import ema
 from vit_jax import errors
 from vit_jax import evaluators
+from vit_jax import experiment
 from vit_jax import metric_writer
 from vit_jax import models
 from vit_jax import optimizer
 from vit_jax import pace
 from vit_jax import param_paths
-from vit_jax import precise_bn
 from vit_jax import preemption
 from vit_jax import ranges
-from vit_jax import recipes
-from vit_jax import schedules
 from vit_jax import sharding
 from vit_jax import train_state
-from vit_jax import train_step
 from vit_jax import wandb_logger
 from vit_jax import workdir as workdir_lib
 
@@ -96,90 +89,42 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
     ValueError, OSError: bad input, before anything is compiled.
     NonFiniteLoss, Stopped, checkpoint.SaveFailed: see there.
   """
-  config_lib.check_types(config, recipes.base())
-  config = config_lib.track(config)
-  devices.check()
-  devices.enable_compilation_cache(config.compilation_cache)
+  config = experiment.checked(config)
   parent, workdir = (workdir, fork) if fork else (None, workdir)
   resolved = workdir_lib.prepare(workdir, config, overfit_batch)
-
-  # What is trained on, and for how long.
-  mesh = sharding.create_mesh(config.mesh)
-  batch_size = config.global_batch_size
-  sharding.check_batch_size('global_batch_size', batch_size, mesh)
-  data_seed = config.seed if config.data_seed < 0 else config.data_seed
-  data = input_pipeline.open_data(config.input, data_seed)
-  checks.check_data(config.input, data)
-  units = durations.Units.of(
-      data.train.num_examples, batch_size, config.input.epoch)
-  total_steps = durations.to_steps(config, 'total', units)
-  log_due, eval_due, checkpoint_due = (
-      durations.cadence(config[section], units, total_steps)
-      for section in ('log', 'eval', 'checkpoint'))
-
-  # The model, and the rule by which it learns.
-  frozen = tuple(config.frozen)
-  model = models.create(
-      num_classes=len(data.class_names), **train_state.model_fields(
-          config.model, frozen))
-  checks.check_model(model, data, batch_size)
-  variables = train_state.abstract_variables(model, data.image_shape, mesh)
-  trained, _ = param_paths.split(variables['params'], frozen)
-  normalize = train_step.normalizer(
-      config.input.mean, config.input.std, data.image_shape[-1])
-  augment = augment_lib.create(
-      config, data.image_shape, len(data.class_names), normalize, mesh)
-  loss_fn = train_step.make_classification_loss(
-      model, len(data.class_names), config.loss)
-  make_tx = optimizer.create(config.optimizer, trained)
-  schedule = schedules.create(config.schedule, units, total_steps)
-  ema_alpha = ema.create(
-      config.ema, units, total_steps,
-      durations.to_steps(config.schedule, 'warmup', units, total_steps))
-  hypers = train_step.make_hypers(config.optimizer, config.seed, mesh)
-  predict = train_step.make_predict(model, normalize)
-  train_batches = augment.on_host(functools.partial(
-      input_pipeline.train_batches, data, global_batch_size=batch_size,
-      data_seed=data_seed, epoch=config.input.epoch,
-      repeats=config.input.repeats, process_index=jax.process_index(),
-      process_count=jax.process_count()), hypers['key'])
-  estimate = precise_bn.create(
-      config.precise_bn, model, variables, augment, train_batches, batch_size,
-      mesh, hypers['key'])
-  evals = evaluators.create(
-      config.evaluators, predict, data, mesh,
-      config.eval.batch_size or batch_size, estimate)
-  init_fn, abstract_state = train_state.init(
-      model, data.image_shape, make_tx, frozen, ema_alpha is not None, mesh)
+  run = experiment.create(config)
+  data, evals, eval_due = run.data, run.evals, run.eval_due
 
   # Its state: the first match of the list in checkpoint.py.
-  checkpoint.check_disk(workdir, abstract_state)
+  checkpoint.check_disk(workdir, run.abstract_state)
   given = checkpoint.init_from(
-      config.init_from, variables, models.grid(model, data.image_shape))
+      config.init_from, run.variables,
+      models.grid(run.model, data.image_shape))
   manager = checkpoint.Manager(
       workdir, config.checkpoint.keep_last, config.checkpoint.keep_best)
   prefetch = ranges.check('prefetch', config.prefetch, 1)
   logger = wandb_logger.Logger(config.wandb, workdir, resolved)
-  evals.check_metric(config.checkpoint.keep_best, ema_alpha is not None)
+  evals.check_metric(config.checkpoint.keep_best, run.ema_alpha is not None)
   config_lib.check_all_read(config)
-  state = checkpoint.restore(manager, parent, abstract_state)
+  state = checkpoint.restore(manager, parent, run.abstract_state)
   if state is None:
-    state = train_state.with_variables(init_fn(hypers['key']), given)
+    state = train_state.with_variables(run.init_fn(run.hypers['key']), given)
   start = int(state.step)
   workdir_lib.record(workdir, resolved, data.class_names)
-  writer = metric_writer.MetricWriter(workdir, start, total_steps, logger)
-  say(f'{devices.summary()}\n{workdir}: {param_paths.size(trained):,} trained '
-      f'parameters, {units.describe(total_steps)}, starting after {start}\n'
+  writer = metric_writer.MetricWriter(workdir, start, run.total_steps, logger)
+  say(f'{devices.summary()}\n{workdir}: {param_paths.size(run.trained):,} '
+      f'trained parameters, {run.units.describe(run.total_steps)}, '
+      f'starting after {start}\n'
       f'{optimizer.describe(config.optimizer)}\n'
       f'augment: {config.augment or "none"}')
 
   step_fn = compile_step(
-      train_step.make(loss_fn, augment, make_tx, schedule, ema_alpha),
-      abstract_state, sharding.abstract_batch(
-          data.image_shape, batch_size, mesh), hypers, mesh)
+      run.step, run.abstract_state, sharding.abstract_batch(
+          data.image_shape, run.batch_size, run.mesh), run.hypers, run.mesh)
   bad_files = workdir_lib.bad_files(workdir)
   batches = input_pipeline.to_device.prefetch(
-      train_batches(start_step=start), sharding.batch(mesh), size=prefetch)
+      run.train_batches(start_step=start), sharding.batch(run.mesh),
+      size=prefetch)
 
   with preemption.Stop() as stop, data.bad.saved_to(bad_files), batches, \
       writer, manager:
@@ -196,20 +141,20 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
       if stop.requested():
         raise Stopped(f'{stop.requested()}: step {start} had been saved')
 
-    for step in range(start + 1, total_steps + 1):
-      state, metrics = step_fn(state, speed.next(stream), hypers)
+    for step in range(start + 1, run.total_steps + 1):
+      state, metrics = step_fn(state, speed.next(stream), run.hypers)
 
-      if log_due(step) or step in metric_writer.EARLY:
+      if run.log_due(step) or step in metric_writer.EARLY:
         metrics = jax.device_get(metrics)
         check_finite(metrics, manager)
-        writer.write_train(step, {**metrics, **speed.lap(batch_size)},
-                           step / units.steps_per_epoch)
+        writer.write_train(step, {**metrics, **speed.lap(run.batch_size)},
+                           step / run.units.steps_per_epoch)
         data.bad.save(bad_files)
 
       with speed.pause():
         if eval_due(step):
           results = evals.run(state, step, writer, stop)
-        if checkpoint_due(step) or stop.requested():
+        if run.checkpoint_due(step) or stop.requested():
           writer.sync()
           manager.save(state, results if eval_due(step) else None)
       if stop.requested():

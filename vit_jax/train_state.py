@@ -70,7 +70,8 @@ def model_fields(config, frozen):
   """What `models.create` takes, from a config section.
 
   dtype 'auto' is bfloat16 on accelerators and float32 on CPU, where bfloat16
-  is slower. BatchNorm whose parameters are frozen keeps its statistics too.
+  is slower; conv 'auto' is 'xla'. BatchNorm whose parameters are frozen keeps
+  its statistics too.
 
   Args:
     config: the section `model`.
@@ -87,6 +88,8 @@ def model_fields(config, frozen):
   if fields['dtype'] == 'auto':
     on_cpu = jax.default_backend() == 'cpu'
     fields['dtype'] = 'float32' if on_cpu else 'bfloat16'
+  if fields.get('conv') == 'auto':
+    fields['conv'] = 'xla'
   if (frozen and 'stem' in known
       and _is_batch_norm_frozen(size, config['stem'], frozen)):
     fields['batch_norm'] = 'frozen'

@@ -74,25 +74,41 @@ class Suite:
     Returns:
       {'<name>/top1': ..., '<name>_ema/top1': ...}.
     """
-    state = self._estimate(state, stop.requested)
+    row = self.evaluate(
+        state, lambda line: say(f'step {step} {line}'), stop.requested)
+    if row:
+      writer.write(step, row)
+    return row
+
+  def evaluate(self, state, report=lambda line: None,
+               should_stop=lambda: False):
+    """Runs all on a `TrainState`.
+
+    Args:
+      state: `TrainState`.
+      report: called with a line for each evaluator and kind of weights.
+      should_stop: asked between batches; True ends the evaluation early.
+
+    Returns:
+      The row of `run`; {} if it was ended.
+    """
+    state = self._estimate(state, should_stop)
     row = {}
     for name, evaluator in self._evaluators.items():
       weights = {name: state.variables()}
       if state.ema:
         weights[f'{name}_ema'] = state.ema_variables()
       for label, variables in weights.items():
-        found = dict(evaluator.run(variables, stop.requested))
-        if stop.requested():
+        found = dict(evaluator.run(variables, should_stop))
+        if should_stop():
           return {}
         row |= {f'{label}/{key}': value for key, value in found.items()}
         self.by_class[label] = evaluator.by_class
-        say(f'step {step} {label}: top-1 {found["top1"]:.2%}, top-5 '
-            f'{found["top5"]:.2%}, loss {found["loss"]:.4f}, evaluated '
-            f'{found["count"]:,}/{evaluator.num_examples:,}'
-            + (f', {found["unreadable"]:,} unreadable'
-               if found['unreadable'] else ''))
-    if row:
-      writer.write(step, row)
+        report(f'{label}: top-1 {found["top1"]:.2%}, top-5 '
+               f'{found["top5"]:.2%}, loss {found["loss"]:.4f}, evaluated '
+               f'{found["count"]:,}/{evaluator.num_examples:,}'
+               + (f', {found["unreadable"]:,} unreadable'
+                  if found['unreadable'] else ''))
     return row
 
   def check_metric(self, name, with_ema):

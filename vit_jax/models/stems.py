@@ -12,6 +12,7 @@ Siblings behind one interface. A stem is a linen module with the fields
               the batch: model.clone(stem=model.stem.clone(bn_momentum=0.0))
   norm_eps    of LayerNorm
   init_name   a key of `initializers.INITIALIZERS`
+  conv        a key of `convolutions.FORMS`
   dtype       of convolutions; normalisation computes in float32
 and `stem(images, train=...)`. Letters of axes: see `vit.py`.
 """
@@ -23,6 +24,7 @@ import jax
 
 from vit_jax import choices
 from vit_jax.models import batch_norm
+from vit_jax.models import convolutions
 from vit_jax.models import initializers
 from vit_jax.models import resnet
 from vit_jax.models import variants
@@ -42,7 +44,14 @@ class _Stem(nn.Module):
   bn_momentum: float = 0.9
   norm_eps: float = 1e-6
   init_name: str = 'paper'
+  conv: str = 'xla'
   dtype: str = 'float32'
+
+  def _convolution(self, features: int, kernel: int, **fields) -> nn.Conv:
+    """A convolution with a square kernel, in the stem's form."""
+    return nn.Conv(
+        features, (kernel, kernel), dtype=self.dtype,
+        conv_general_dilated=convolutions.FORMS[self.conv], **fields)
 
   def _normalize(self, x: jax.Array, name: str, train: bool) -> jax.Array:
     """Normalises [B, h, w, D] over D ('ln') or over B, h, w ('bn')."""
@@ -69,10 +78,10 @@ class PatchifyStem(_Stem):
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
     init = initializers.INITIALIZERS[self.init_name]
-    x = nn.Conv(
-        self.width, (self.patch, self.patch), strides=self.patch,
-        padding='VALID', use_bias=self.norm == 'none', dtype=self.dtype,
-        kernel_init=init.embedding, name='embedding')(images)  # [B, h, w, D]
+    x = self._convolution(
+        self.width, self.patch, strides=self.patch, padding='VALID',
+        use_bias=self.norm == 'none', kernel_init=init.embedding,
+        name='embedding')(images)  # [B, h, w, D]
     x = self._normalize(x, 'norm', train)
     return ACTIVATIONS[self.activation](x)
 
@@ -118,19 +127,18 @@ class ConvStem(_Stem):
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
     init = initializers.INITIALIZERS[self.init_name]
-    conv = functools.partial(nn.Conv, dtype=self.dtype)
     x = images
     for i, (kernel, stride, width) in enumerate(
         zip(self.kernels, self.strides, self.widths, strict=True)):
       # Padding 1 on both sides, as in torch: 'SAME' pads stride 2 on one only.
       padding = 0 if kernel == stride else 1
-      x = conv(
-          width, (kernel, kernel), strides=stride, padding=padding,
-          use_bias=False, kernel_init=init.conv, name=f'conv_{i}')(x)
+      x = self._convolution(
+          width, kernel, strides=stride, padding=padding, use_bias=False,
+          kernel_init=init.conv, name=f'conv_{i}')(x)
       x = self._normalize(x, f'norm_{i}', train)
       x = ACTIVATIONS[self.activation](x)
-    return conv(
-        self.width, (1, 1), kernel_init=init.projection,
+    return self._convolution(
+        self.width, 1, kernel_init=init.projection,
         name='projection')(x)  # [B, h, w, D]
 
 
@@ -186,8 +194,8 @@ def create(*, size: str, stem: str, **fields) -> nn.Module:
   Args:
     size: a key of `variants.SIZES`.
     stem: a key of `STEMS`.
-    **fields: batch_norm, batch_norm_group, norm_eps, init_name, dtype: see the
-      module's top.
+    **fields: batch_norm, batch_norm_group, norm_eps, init_name, conv, dtype:
+      see the module's top.
 
   Returns:
     An unbound stem: [B, H, W, C] -> [B, h, w, D].
@@ -198,6 +206,10 @@ def create(*, size: str, stem: str, **fields) -> nn.Module:
   row = variants.size(size)
   variants.check_stem(size, stem)
   if stem == 'resnet':
+    if fields.get('conv', 'xla') != 'xla':
+      raise ValueError(
+          f"The convolutions of a ResNet have no form {fields['conv']!r}.\n"
+          "Leave model.conv at 'auto' or 'xla'.")
     fields['units'] = variants.HYBRIDS[size][1]
   if is_convolutional(stem):
     convolutions = variants.conv_stem(

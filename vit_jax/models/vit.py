@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax import choices
+from vit_jax.models import convolutions
 from vit_jax.models import encoder
 from vit_jax.models import initializers
 from vit_jax.models import stems
@@ -180,6 +181,7 @@ def create(
     stochastic_depth: float = 0.0,
     batch_norm: str = 'train',
     batch_norm_group: int = 0,
+    conv: str = 'xla',
     scan: bool = False,
     remat: str = 'none',
     dtype: str = 'float32',
@@ -208,6 +210,8 @@ def create(
       and left as they are.
     batch_norm_group: examples whose statistics BatchNorm takes together in
       training, consecutive ones; divides the batch. 0: all of the batch.
+    conv: a key of `convolutions.FORMS`, of the stem's convolutions: 'xla', or
+      'im2col' where their kernels differ by member of a population.
     scan: one compiled block for all; parameters are stacked.
     remat: 'none', 'full' or 'dots' (keeps the results of matmuls): what the
       backward pass computes again.
@@ -227,6 +231,7 @@ def create(
       'pool': (pool, POOLS), 'pos_embedding': (pos_embedding, POS_EMBEDDINGS),
       'gelu': (gelu, encoder.GELUS), 'init': (init, initializers.INITIALIZERS),
       'batch_norm': (batch_norm, stems.BATCH_NORM),
+      'conv': (conv, convolutions.FORMS),
       'remat': (remat, encoder.REMATS), 'dtype': (dtype, encoder.DTYPES)})
   check_numbers(num_classes, norm_eps, head_bias, dropout=dropout,
                 stochastic_depth=stochastic_depth)
@@ -239,7 +244,7 @@ def create(
       stem=stems.create(
           size=size, stem=stem, batch_norm=batch_norm,
           batch_norm_group=batch_norm_group, norm_eps=norm_eps, init_name=init,
-          dtype=dtype),
+          conv=conv, dtype=dtype),
       depth=row.depth_conv if stems.is_convolutional(stem) else row.depth,
       heads=row.heads, mlp=row.mlp, num_classes=num_classes, pool=pool,
       pre_logits=pre_logits, pos_embedding=pos_embedding, gelu=gelu,
