@@ -346,6 +346,45 @@ def test_the_cost_is_told_before(tmp_path, capsys):
   assert not os.listdir(tmp_path)
 
 
+def test_members_of_a_population_are_of_one_arm(tmp_path, monkeypatch):
+  seen = []
+
+  def train(config, members, run):
+    seen.append((config.model.stem, config.optimizer.name, members))
+    with open(os.path.join(run, 'metrics.jsonl'), 'w') as f:
+      f.write('{"step": 7, "time": 0, "train/loss": 1}\n')
+    return [{**m, 'diverged_step': 3 if i == 1 else None, 'metrics': {
+        'test_ema/top1': 1 - m['lr'], 'validation_ema/top1': .5}}
+            for i, m in enumerate(members)]
+
+  monkeypatch.setattr(worker.population, 'train', train)
+  todo = trials(20, 'edf.py:trials=5')
+  worker.work(ledger.Ledger('edf', todo, str(tmp_path)), str(tmp_path),
+              f'{CONFIGS}/studies', None, print, together=3)
+  assert [(stem, name, len(m)) for stem, name, m in seen] == [
+      (stem, name, count) for stem, name in (
+          ('conv', 'adamw'), ('conv', 'sgd'), ('patchify', 'adamw'),
+          ('patchify', 'sgd')) for count in (3,)] + [
+              (stem, name, 2) for stem, name in (
+                  ('conv', 'adamw'), ('conv', 'sgd'), ('patchify', 'adamw'),
+                  ('patchify', 'sgd'))]
+  rows = ledger.read_table(str(tmp_path))
+  assert len(rows) == 20 and sum(row['diverged'] for row in rows) == 8
+  for row in rows:
+    if row['diverged']:
+      assert row['steps'] == 3
+    else:
+      assert row['test_error'] == pytest.approx(row[spaces.LR])
+      assert row['steps'] == 7
+
+
+def test_a_population_varies_what_its_members_may(tmp_path):
+  todo = [plan.Trial(i, 'a', i, '../digits.py', {'model.dropout': .1 * i})
+          for i in range(2)]
+  with runs.refused('differ in model.dropout'):
+    worker.several(todo, str(tmp_path / 'run'), f'{CONFIGS}/studies')
+
+
 @pytest.mark.slow
 def test_a_sweep_for_real(tmp_path):
   argv = ['sweep', '--config', f'{runs.DIGITS}:epochs=2', '--space',

@@ -16,6 +16,8 @@ Flags of run:
   --storage URL     of Optuna (a SQLite file); with others, such as
                     postgresql://user:password@host/db, many machines draw
   --workers N       processes here; 1: this one (1)
+  --population P    trials of an arm trained at once, in one program, for small
+                    models on an accelerator (1)
   --keep_checkpoints
   --only_cost       prints what it will cost, and stops
 """
@@ -24,6 +26,7 @@ import os
 
 from vit_jax import choices
 from vit_jax import config as config_lib
+from vit_jax import ranges
 from vit_jax.studies import ledger
 from vit_jax.studies import plan
 from vit_jax.studies import report
@@ -74,6 +77,7 @@ def add_arguments(parser):
   parser.add_argument('--study', default='')
   parser.add_argument('--storage', default='')
   parser.add_argument('--workers', type=int, default=1)
+  parser.add_argument('--population', type=int, default=1)
   parser.add_argument('--keep_checkpoints', action='store_true')
   # One of the processes that --workers asked for.
   parser.add_argument('--worker', action='store_true', help=argparse.SUPPRESS)
@@ -92,9 +96,8 @@ def work(argv, args, trials, name, folder, beside, space=None):
     space: {key: (low, high)} to sample by TPE in; None: trials as they are.
   """
   from vit_jax import train
-  if args.workers < 1:
-    raise ValueError(f'--workers={args.workers} is below 1.\n'
-                     'Give how many processes train at once.')
+  ranges.check('--workers', args.workers, 1)
+  ranges.check('--population', args.population, 1)
   for trial in {t.config: t for t in trials}.values():
     plan.build(trial, beside)  # a fault in a config is found before all
   book = ledger.Ledger(
@@ -104,7 +107,8 @@ def work(argv, args, trials, name, folder, beside, space=None):
     code = worker.spawn([*argv, '--worker'], args.workers)
   else:
     try:
-      worker.work(book, folder, beside, train, print, args.keep_checkpoints)
+      worker.work(book, folder, beside, train, print, args.keep_checkpoints,
+                  args.population)
     except train.Stopped as e:
       print(e)
       return train.STOPPED

@@ -22,6 +22,8 @@ Flags:
   --storage URL     of Optuna (a SQLite file in --dir); with others, such as
                     postgresql://user:password@host/db, many machines draw
   --workers N       processes here; 1: this one (1)
+  --population P    trials trained at once, in one program, for small models on
+                    an accelerator (1)
   --keep_checkpoints
 """
 import argparse

@@ -100,8 +100,11 @@ class Ledger:
         states.RUNNING, states.COMPLETE))
     return sorted(found, key=lambda t: t._trial_id)  # no public name
 
-  def claim(self):
+  def claim(self, arm=''):
     """Takes a trial.
+
+    Args:
+      arm: '' or the label of the arm that it has to belong to.
 
     Returns:
       (plan.Trial, key for `signing`, `finish` and `release`), or None if each
@@ -111,7 +114,8 @@ class Ledger:
     while True:
       live = self._live()
       taken = {t.user_attrs.get(_INDEX) for t in live}
-      left = [t for t in self._trials if t.index not in taken]
+      left = [t for t in self._trials
+              if t.index not in taken and arm in ('', t.arm)]
       if not left:
         return None
       index = left[0].index

@@ -9,13 +9,18 @@ import time
 
 from vit_jax import checkpoint
 from vit_jax import metric_writer
+from vit_jax import population
 from vit_jax.studies import ledger as ledger_lib
 from vit_jax.studies import plan
+from vit_jax.studies import spaces
 
 RUNS = 'runs'
+# Keys of a config -> of a population's members.
+MEMBER = {spaces.LR: 'lr', spaces.WD: 'weight_decay', 'seed': 'seed'}
 
 
-def work(ledger, folder, beside, train, say, keep_checkpoints=False):
+def work(ledger, folder, beside, train, say, keep_checkpoints=False,
+         together=1):
   """Trains trials until none is left.
 
   Args:
@@ -25,6 +30,7 @@ def work(ledger, folder, beside, train, say, keep_checkpoints=False):
     train: module with `train_and_evaluate`, `NonFiniteLoss` and `Stopped`.
     say: called with a line for each trial.
     keep_checkpoints: whether finished runs keep theirs.
+    together: how many trials of an arm to train at once; see `population`.
 
   Raises:
     train.Stopped: by a signal; the trial is back in the queue, and goes on
@@ -38,22 +44,31 @@ def work(ledger, folder, beside, train, say, keep_checkpoints=False):
       say(f'{trial.index} {trial.name} taken from {known["run"]}')
       continue
     run = os.path.join(folder, RUNS, trial.name)
+    group = [claimed]
+    while len(group) < together and (more := ledger.claim(trial.arm)):
+      group.append(more)
+    trials, keys = zip(*group, strict=True)
     begin = time.time()
-    with ledger.signing(key):
+    with contextlib.ExitStack() as stack:
+      for key in keys:
+        stack.enter_context(ledger.signing(key))
       try:
-        result = one(trial, run, beside, train)
+        results = (several(trials, run, beside) if together > 1 else
+                   [one(trial, run, beside, train)])
       except BaseException:
-        ledger.release(key)
+        for key in keys:
+          ledger.release(key)
         raise
-    result['seconds'] = round(time.time() - begin, 1)
-    result['run'] = os.path.relpath(run, folder)
-    ledger.finish(key, trial, result)
+    seconds = round((time.time() - begin) / len(group), 1)
+    for trial, key, result in zip(trials, keys, results, strict=True):
+      result |= {'seconds': seconds, 'run': os.path.relpath(run, folder)}
+      ledger.finish(key, trial, result)
+      error = ('diverged' if result['diverged'] else
+               f'error {result["test_error"]:.2%}')
+      say(f'{trial.index} {trial.name} {error} {seconds:.0f} s')
     ledger.write_table()
     if not keep_checkpoints:
       shutil.rmtree(os.path.join(run, checkpoint.FOLDER), ignore_errors=True)
-    error = ('diverged' if result['diverged'] else
-             f'error {result["test_error"]:.2%}')
-    say(f'{trial.index} {trial.name} {error} {result["seconds"]:.0f} s')
 
 
 def elsewhere(trial, folder):
@@ -83,8 +98,43 @@ def one(trial, run, beside, train):
       found = train.train_and_evaluate(config, run)
     except train.NonFiniteLoss:
       found = None
-  rows = metric_writer.read(run)
-  steps = max((row['step'] for row in rows), default=0)
+  steps = max((row['step'] for row in metric_writer.read(run)), default=0)
+  return result_of(config, found, steps)
+
+
+def several(trials, run, beside):
+  """Trains trials of one arm at once; returns their results.
+
+  They are not saved on the way: what is interrupted starts anew.
+
+  Raises:
+    ValueError: trials that differ in more than a population's members may.
+  """
+  members = []
+  for trial in trials:
+    own = {k: v for k, v in trial.changes.items() if k in MEMBER}
+    rest = {k: v for k, v in trial.changes.items() if k not in MEMBER}
+    shared = {k: v for k, v in trials[0].changes.items() if k not in MEMBER}
+    if rest != shared:
+      raise ValueError(
+          'Trials of a population differ in '
+          f'{", ".join(k for k in rest if rest[k] != shared.get(k))}.\n'
+          f'Leave --population out, or vary {", ".join(MEMBER)} only.')
+    members.append({MEMBER[k]: v for k, v in own.items()})
+  config = plan.evaluated(plan.build(trials[0], beside))
+  shutil.rmtree(run, ignore_errors=True)
+  os.makedirs(run)
+  with open(os.path.join(run, 'log.txt'), 'w', encoding='utf-8') as log, \
+      contextlib.redirect_stdout(log):
+    found = population.train(config, members, run)
+  steps = max(row['step'] for row in metric_writer.read(run))
+  return [result_of(
+      config, None if member['diverged_step'] else member['metrics'],
+      member['diverged_step'] or steps) for member in found]
+
+
+def result_of(config, found, steps):
+  """What `Ledger.finish` takes, of metrics; None: the run diverged."""
   if found is None:
     return {'test_error': None, 'validation_error': None, 'diverged': True,
             'steps': steps}
