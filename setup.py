@@ -51,7 +51,9 @@ setup(
     extras_require={
         'gpu': ['jax[cuda13]>=0.10,<0.13'],
         'tpu': ['jax[tpu]>=0.10,<0.13'],
-        'test': ['pytest>=8,<10', 'pytest-xdist>=3.6,<4', 'ruff>=0.9,<1'],
+        'study': ['optuna>=4,<6'],  # vit-jax sweep, vit-jax study
+        'test': ['pytest>=8,<10', 'pytest-xdist>=3.6,<4', 'ruff>=0.9,<1',
+                 'optuna>=4,<6'],
         'wandb': ['wandb>=0.19,<1'],
         'torch': ['torch>=2.6,<3'],  # to read .pth, .pyth and .bin files
         # What tests/test_against_torch.py compares with.

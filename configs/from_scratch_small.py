@@ -12,6 +12,7 @@ default:
                        of the image with 4 pixels of padding (CIFAR)
   stem=conv|patchify, size=mini|micro|Ti/16|S/16    mini, micro: for 32 to 64
                        pixels
+  optimizer=adamw|sgd
   epochs=100, batch=128, seed=0
   smoke                four steps of a small model on made images
 
@@ -21,13 +22,17 @@ released checkpoint is better than this: configs/finetune.py.
 """
 from vit_jax import recipes
 
+# Optimizer: its section, lr, weight decay.
+OPTIMIZERS = {'adamw': (recipes.adamw, 1e-3, 0.1),
+              'sgd': (recipes.sgd, 0.05, 1e-4)}
+
 
 def get_config(args=None):
   """Returns the config; `args` is the text of arguments listed above."""
   args = recipes.parse_args(
       args, data='', res=32, crop=('resized', 'pad'),
       stem=('conv', 'patchify'), size=('mini', 'micro', 'Ti/16', 'S/16'),
-      epochs=100.0, batch=128, seed=0, smoke=False)
+      optimizer=('adamw', 'sgd'), epochs=100.0, batch=128, seed=0, smoke=False)
   c = recipes.base()
   c.seed = args.seed
   c.total_epochs = args.epochs
@@ -46,7 +51,8 @@ def get_config(args=None):
   c.model.pool = 'gap'
   c.model.stochastic_depth = 0.1
 
-  c.optimizer = recipes.adamw(1e-3, 0.1)
+  make, lr, wd = OPTIMIZERS[args.optimizer]
+  c.optimizer = make(lr, wd)
   c.optimizer.clip_norm = 1.0
   c.schedule = recipes.cosine(warmup_epochs=args.epochs / 20)
   c.ema = dict(name='decay', decay=0.998)

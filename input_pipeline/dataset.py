@@ -9,7 +9,8 @@ from input_pipeline import sources
 
 _CHANNELS = (1, 3)
 _KEYS = ('source', 'path', 'classes', 'holdout', 'channels', 'epoch', 'pp',
-         'repeats', 'eval_pp', 'max_bad_fraction', 'only_classes', 'per_class')
+         'repeats', 'eval_pp', 'max_bad_fraction', 'only_classes', 'validation',
+         'per_class')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,7 @@ def open_data(config_input, data_seed, splits=None):
       holdout: fraction in (0, 1) of the training examples to evaluate on
         where the data has no part for it. Which ones never changes.
       classes: '' or a JSON file with the list of class names in order.
-      only_classes, per_class: see `sources.choose`.
+      only_classes, validation, per_class: see `sources.choose`.
       max_bad_fraction: in [0, 1), of training images that may be unreadable.
       data_dir, train_split, eval_split, stream, window: of tfds, see
         `tfds_source.open_splits`; their defaults for other sources.
@@ -84,7 +85,8 @@ def open_data(config_input, data_seed, splits=None):
     splits = sources.SOURCES[name](
         section['path'], section['holdout'], class_names, **options)
   splits = sources.choose(
-      splits, section['only_classes'], section['per_class'], data_seed)
+      splits, section['only_classes'], section['validation'],
+      section['per_class'], data_seed)
   if splits.train.streamed:
     order.check_not_repeated(section['repeats'])
   for split, source in {'train': splits.train, **splits.evals}.items():
@@ -120,6 +122,10 @@ def _check_values(section):
     raise ValueError(
         f'input.max_bad_fraction={max_bad!r} is not in [0, 1).\n'
         'Take the fraction of training images that may be unreadable: 0.001.')
+  if not 0 <= section['validation'] < 1:
+    raise ValueError(
+        f'input.validation={section["validation"]!r} is not in [0, 1).\n'
+        'Take the fraction of training images to select on, or 0.')
   if section['per_class'] < 0:
     raise ValueError(
         f'input.per_class={section["per_class"]} is negative.\n'

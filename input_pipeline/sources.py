@@ -138,13 +138,15 @@ class Subset(Source):
     return self._source.describe(self._rows[index])
 
 
-def choose(splits, only_classes, per_class, data_seed):
-  """Splits with fewer classes, or with a few training examples of each.
+def choose(splits, only_classes, validation, per_class, data_seed):
+  """Splits with a part of the training examples elsewhere, or left out.
 
   Args:
     splits: Splits.
     only_classes: names of the classes to keep, in training and evaluation, in
       the order of the labels that result; (): all.
+    validation: fraction in [0, 1) of the training examples that becomes the
+      part 'validation', by class, always the same ones; 0: none.
     per_class: training examples of each class; 0: all. The K that are drawn
       are among those that a larger K draws, and are the same on any number of
       processes.
@@ -152,13 +154,15 @@ def choose(splits, only_classes, per_class, data_seed):
 
   Raises:
     ValueError: a streamed source, an unknown or repeated class, fewer than two
-      classes, or a class with fewer than per_class examples.
+      classes, a class with fewer than per_class examples, or a part
+      'validation' that the data has already.
   """
-  if not only_classes and not per_class:
+  if not (only_classes or validation or per_class):
     return splits
   parts = {'train': splits.train, **splits.evals}
   if any(source.streamed for source in parts.values()):
-    key = 'only_classes' if only_classes else 'per_class'
+    key = ('only_classes' if only_classes else
+           'validation' if validation else 'per_class')
     raise ValueError(
         f'A streamed source has no input.{key}.\n'
         'Leave it at its default, or copy the data to a local disk.')
@@ -175,6 +179,15 @@ def choose(splits, only_classes, per_class, data_seed):
   if only_classes:
     parts = {part: _of_classes(source, chosen)
              for part, source in parts.items()}
+  if validation:
+    if 'validation' in parts:
+      raise ValueError(
+          'The data has a part validation, and input.validation makes one.\n'
+          'Leave input.validation at 0.')
+    train = parts['train']
+    parts['train'], parts['validation'] = hold_out(
+        train, [f'validation/{i}' for i in range(train.num_examples)],
+        round(validation * train.num_examples))
   if per_class:
     parts['train'] = _few(parts['train'], per_class, data_seed)
   return Splits(parts.pop('train'), parts)

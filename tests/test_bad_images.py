@@ -30,7 +30,8 @@ INPUT = {**sources.TFDS_ONLY, 'source': 'folder',
          'pp': 'decode|inception_crop(16)|flip_lr',
          'eval_pp': 'decode|resize(16)', 'epoch': 'exact', 'channels': 3,
          'holdout': .1, 'classes': '', 'max_bad_fraction': .3,
-         'repeats': 1, 'only_classes': (), 'per_class': 0}
+         'repeats': 1, 'only_classes': (), 'validation': 0.0,
+         'per_class': 0}
 
 
 def encode(pixels, kind, mode=None, **options):

@@ -67,6 +67,7 @@ EFFECTS = {
     'input.path': ('data', '/elsewhere', {'input.source': 'arrays', **SIZED}),
     'input.classes': ('data', 'CLASSES'),
     'input.holdout': ('data', 0.2, {'input.source': 'arrays', **SIZED}),
+    'input.validation': ('batches', 0.5),
     'input.channels': ('batches', 1,
                        {'input.mean': (0.5,), 'input.std': (0.5,),
                         'augment': ''}),

@@ -20,7 +20,7 @@ from tests import runs
 CONFIG = dict(
     source='digits', path='', pp='pad_crop(32, 4)|flip_lr', eval_pp='',
     epoch='exact', channels=1, holdout=.2, classes='', max_bad_fraction=.001,
-    repeats=1, only_classes=(), per_class=0,
+    repeats=1, only_classes=(), validation=0.0, per_class=0,
     **sources.TFDS_ONLY)
 
 

@@ -196,7 +196,8 @@ def _sources(tmp_path):
   """Configs of every random-access source, 13 examples to train on or more."""
   base = dict(sources.TFDS_ONLY, path='', eval_pp='decode|resize(8)',
               epoch='exact', channels=3, holdout=.2, classes='',
-              repeats=1, only_classes=(), per_class=0, max_bad_fraction=.001)
+              repeats=1, only_classes=(), validation=0.0, per_class=0,
+              max_bad_fraction=.001)
   for name in 'ab':
     os.makedirs(tmp_path / 'photos' / name)
     for i in range(8):

@@ -10,7 +10,8 @@ from tests import test_processes
 DIGITS = dict(
     sources.TFDS_ONLY, source='digits', path='', pp='decode', eval_pp='decode',
     epoch='exact', channels=1, holdout=.2, classes='', max_bad_fraction=.001,
-    repeats=1, only_classes=(), per_class=0)
+    repeats=1, only_classes=(), validation=0.0,
+    per_class=0)
 
 GOLDEN = ['digits #87', 'digits #397', 'digits #649', 'digits #671']
 
@@ -59,6 +60,18 @@ def test_classes_are_labelled_in_the_order_asked_for():
   assert data.evals['test'].num_examples == count
 
 
+def test_a_validation_part_never_moves():
+  data, other = (opened(seed, validation=.4, per_class=20) for seed in (0, 1))
+  held = data.evals['validation']
+  assert held.num_examples == round(.4 * opened().train.num_examples)
+  assert members(held) == members(other.evals['validation'])
+  assert not members(held) & (members(data.train) | members(other.train))
+  assert members(data.train) != members(other.train)
+  assert data.evals['test'].num_examples == 500
+  share = held.counts()['3'] / opened().train.counts()['3']
+  assert abs(share - .4) < .01
+
+
 @pytest.mark.parametrize('kind', range(3), ids=['digits', 'arrays', 'folder'])
 def test_the_same_images_on_any_number_of_processes(kind, tmp_path):
   section = test_processes._sources(tmp_path)[kind]
@@ -82,6 +95,7 @@ def test_the_same_images_on_any_number_of_processes(kind, tmp_path):
 
 
 @pytest.mark.parametrize('changes, match', [
+    (dict(validation=1.), r'input\.validation=1\.0 is not in'),
     (dict(per_class=-1), r'input\.per_class=-1 is negative'),
     (dict(per_class=200), r"Class '0' has 128 .*per_class=200"),
     (dict(only_classes=('3',)), 'two or more distinct'),

@@ -27,7 +27,8 @@ INPUT = {**sources.TFDS_ONLY, 'source': 'tfds', 'path': 'mini:1.0.0',
          'pp': 'decode|inception_crop(8)|flip_lr',
          'eval_pp': 'decode|resize(8)', 'epoch': 'exact', 'channels': 3,
          'holdout': .1, 'classes': '', 'max_bad_fraction': .05,
-         'repeats': 1, 'only_classes': (), 'per_class': 0}
+         'repeats': 1, 'only_classes': (), 'validation': 0.0,
+         'per_class': 0}
 
 
 def examples(n, seed):

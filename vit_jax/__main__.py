@@ -24,6 +24,8 @@ COMMANDS = {
     'explain': ('vit_jax.commands.explain', 'attention drawn over images'),
     'export': ('vit_jax.commands.export', 'StableHLO, to serve with jax alone'),
     'soup': ('vit_jax.commands.soup', 'the average of several models'),
+    'sweep': ('vit_jax.commands.sweep', 'one config at many points'),
+    'study': ('vit_jax.commands.study', 'many runs: do them, report them'),
     'results': ('vit_jax.commands.results', 'final metrics of runs, by config'),
 }
 

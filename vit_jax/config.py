@@ -200,7 +200,7 @@ def parse_flags(argv, define):
   if spec is None:
     raise ValueError('--config is missing.\n'
                      'For example: --config configs/digits.py:stem=conv')
-  _check_overrides(argv, _load(spec), moved)
+  _check_overrides(argv, load(spec), moved)
   try:
     rest = values(argv)
   except flags.UnrecognizedFlagError as e:
@@ -249,8 +249,12 @@ def _config_spec(argv):
   return None
 
 
-def _load(spec):
-  """Loads a config as absl will, but with errors that can be read."""
+def load(spec):
+  """Loads the config of 'FILE:args' as absl will, with errors to be read.
+
+  Raises:
+    ValueError: the file is not there, or fails.
+  """
   path = spec.split(':', 1)[0]
   try:
     with open(path):

@@ -52,6 +52,7 @@ class Experiment:
     hypers: see `train_step.make_hypers`.
     train_batches: `train_batches(start_step=0)` iterates over this process's
       part of the batches.
+    estimate: see `precise_bn.create`.
     evals: see `evaluators.create`.
     init_fn, abstract_state: see `train_state.init`.
   """
@@ -73,6 +74,7 @@ class Experiment:
   ema_alpha: Callable | None
   hypers: dict
   train_batches: Callable
+  estimate: Callable
   evals: evaluators.Suite
   init_fn: Callable
   abstract_state: train_state.TrainState
@@ -165,5 +167,6 @@ def create(config):
       checkpoint_due=checkpoint_due, model=model, variables=variables,
       trained=trained, augment=augment, loss_fn=loss_fn, make_tx=make_tx,
       schedule=schedule, ema_alpha=ema_alpha, hypers=hypers,
-      train_batches=train_batches, evals=evals, init_fn=init_fn,
+      train_batches=train_batches, estimate=estimate, evals=evals,
+      init_fn=init_fn,
       abstract_state=abstract_state)

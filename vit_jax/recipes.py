@@ -187,6 +187,7 @@ def base():
       num_train=0,      # expected training examples; 0: as found
       num_classes=0,    # expected classes; 0: as found
       only_classes=(),  # names of classes, in the order wanted; (): all
+      validation=0.0,   # share of the training examples to select on
       per_class=0,      # training examples of each, drawn by data_seed; 0: all
       max_bad_fraction=0.001,  # of training images that may be unreadable
       # Only source='tfds':
@@ -494,6 +495,94 @@ def set_data(c, data):
   else:
     c.input.source = 'arrays' if data.endswith('.npz') else 'folder'
     c.input.path = data
+
+
+# Studies (configs/studies/): scale -> shortest length in epochs, of which they
+# take 1, 2, 4 and 8 times; that of random search; seeds; sizes by depth. The
+# digits are 300 images, at which errors are neither all low nor all noise.
+STUDY_SCALES = {
+    'digits': dict(base=10.0, search=40.0, seeds=10, space='digits',
+                   depths={'4': 'micro', '12': 'micro-deep'}),
+    'cifar10': dict(base=5.0, search=20.0, seeds=3, space='cifar',
+                    depths={'4': 'micro', '12': 'micro-deep'}),
+    'imagenet': dict(base=50.0, search=50.0, seeds=1, space='vit',
+                     depths={'12': '4GF', '48': '16GF'}),
+}
+
+
+def study(name, args):
+  """A study without arms, over seeds; see `studies.plan.trials_of`.
+
+  Args:
+    name: of its file.
+    args: with `scale`; `seeds`, where it has that.
+  """
+  seeds = args.get('seeds', 0) or STUDY_SCALES[args.scale]['seeds']
+  return ConfigDict(dict(
+      name=name, scale=args.scale, arms=(),
+      points=dict(kind='seeds', count=seeds)))
+
+
+def sweep(name, args):
+  """A study of one arm: a config at points of a space.
+
+  Args:
+    name: of the study.
+    args: with `config`, `space`, `trials`, `seed` and `points`, as the flags.
+  """
+  # TPE's points are asked for one by one; the random ones stand for them.
+  kind = {'tpe': 'random'}.get(args.points, args.points)
+  return ConfigDict(dict(
+      name=name, scale='', arms=(('sweep', args.config, (), args.space),),
+      points=dict(kind=kind, count=args.trials, seed=args.seed)))
+
+
+def study_lengths(args):
+  """Epochs of the runs of a study of length: 1, 2, 4 and 8 times the base."""
+  base = args.base or STUDY_SCALES[args.scale]['base']
+  return [base * times for times in (1, 2, 4, 8)]
+
+
+def study_arm(label, args, stem, optimizer='adamw', epochs=0.0, size=''):
+  """An arm of a study: a config beside it, and what is changed in that.
+
+  Args:
+    label: of the arm.
+    args: with `scale`, `data` and `per_class`.
+    stem, optimizer: as in the configs.
+    epochs: 0: those of random search.
+    size: '': that of the scale; imagenet: 4GF.
+
+  Returns:
+    A tuple of one arm, as `studies.plan.Arm`.
+  """
+  scale = STUDY_SCALES[args.scale]
+  if args.scale != 'digits' and not args.data:
+    raise ValueError(f'scale={args.scale} needs data.\n'
+                     'Give data=PATH, or data=tfds:NAME:VERSION.')
+  run = dict(stem=stem, optimizer=optimizer, epochs=epochs or scale['search'])
+  changes = {'input.validation': 0.1}
+  if args.per_class:
+    changes['input.per_class'] = args.per_class
+  if args.scale == 'digits':
+    file = 'digits.py'
+    changes |= {'input.validation': 0.5, 'input.per_class': 30,
+                'model.size': size or 'micro', 'eval.every_steps': 0,
+                'checkpoint.every_steps': 0}
+  elif args.scale == 'cifar10':
+    file = 'from_scratch_small.py'
+    run = dict(optimizer=optimizer, epochs=run['epochs'], data=args.data,
+               crop='pad')
+    changes |= {'model.stem': stem, 'model.size': size or 'micro',
+                'eval.every_steps': 0}
+  else:
+    file = 'vit_c_i1k.py'
+    run |= dict(data=args.data, size=size or '4GF', epochs=int(run['epochs']),
+                settings='simple' if size == '16GF' else 'tuned')
+    changes['input.validation'] = 0.01
+  text = ','.join(f'{key}={value}' for key, value in run.items())
+  return ((label, f'../{file}:{text}', tuple(changes.items()),
+           f'{scale["space"]}-{optimizer}'),)
 
 
 def smoke(c):

@@ -168,9 +168,10 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
   evals.write_classes(workdir)
   results = results or writer.last(evals.names)
   # Process 0 knows whether a resumed run has written it before.
-  if not overfit_batch and (start < total_steps or distributed.from_first(
+  if not overfit_batch and (start < run.total_steps or distributed.from_first(
       not model_file.exists(workdir))):
-    model_file.export(workdir, resolved, data, estimate(state), results)
+    model_file.export(workdir, resolved, data, run.estimate(state),
+                      results)
   say(f'wrote checkpoint, metrics.jsonl, curves.png to {workdir}')
   return results
 

@@ -9,7 +9,8 @@ Two families of names:
                     "Scaling Vision Transformers" (arXiv 2106.04560, Table 2),
                     written with the patch behind the slash.
   'R26+S/32', ...   the same behind a ResNet, with stem 'resnet' and no other.
-and 'micro' and 'mini', patch 8 and 4, for images of 32 pixels and for tests.
+and 'micro', 'micro-deep' (patch 8) and 'mini' (patch 4), for images of 32
+pixels and for tests.
 `MIXERS` and `BITS` are the other two families.
 
 ViT_C is ViT_P with another stem and one block fewer, so that flops stay equal:
@@ -55,6 +56,7 @@ _FIXED_PATCH = {
     '36GF':  Size(16, 1024,  16,  4096,  14,  13, '18GF'),
     '72GF':  Size(16, 1152,  18,  4608,  22,  22, '18GF'),  # App. C
     'micro': Size(8,    64,   4,   192,   4,   3, 'micro'),
+    'micro-deep': Size(8, 64, 4, 192,  12,  11, 'micro'),
     'mini':  Size(4,   128,   4,   384,   6,   5, 'mini'),
 }
 
