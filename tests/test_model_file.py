@@ -321,10 +321,9 @@ def test_convert_finds_the_model(
     images = np.random.default_rng(1).integers(
         0, 256, (2, image_size, image_size, 3), np.uint8)
     # pycls reads blue first.
-    pixels = images[..., ::-1] if layout == 'pycls' else images
-    expected = module.apply(
-        variables, model.normalize(pixels) if layout != 'pycls' else
-        model.normalize(images)[..., ::-1], train=False)
+    pixels = model.normalize(images)
+    expected = jax.jit(lambda x: module.apply(variables, x, train=False))(
+        pixels[..., ::-1] if layout == 'pycls' else pixels)
     np.testing.assert_allclose(model.logits(images), expected, rtol=1e-4)
 
 
