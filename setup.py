@@ -44,7 +44,8 @@ setup(
     python_requires='>=3.11,<3.14',
     packages=[
         'vit_jax', 'vit_jax.augment', 'vit_jax.commands', 'vit_jax.evaluators',
-        'vit_jax.models', 'vit_jax.pretrained', 'input_pipeline',
+        'vit_jax.models', 'vit_jax.pretrained', 'vit_jax.studies',
+        'input_pipeline',
     ],
     install_requires=CORE + (
         [] if os.environ.get('VIT_JAX_NO_TENSORFLOW') else TENSORFLOW),
