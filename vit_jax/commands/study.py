@@ -18,7 +18,7 @@ Flags of run:
   --workers N       processes here; 1: this one (1)
   --population P    trials of an arm trained at once, in one program, for small
                     models on an accelerator (1)
-  --keep_checkpoints
+  --keep_checkpoints    and model files, of finished runs
   --only_cost       prints what it will cost, and stops
 """
 import argparse

@@ -24,7 +24,7 @@ Flags:
   --workers N       processes here; 1: this one (1)
   --population P    trials trained at once, in one program, for small models on
                     an accelerator (1)
-  --keep_checkpoints
+  --keep_checkpoints    and model files, of finished runs
 """
 import argparse
 import os

@@ -9,6 +9,7 @@ import time
 
 from vit_jax import checkpoint
 from vit_jax import metric_writer
+from vit_jax import model_file
 from vit_jax import population
 from vit_jax.studies import ledger as ledger_lib
 from vit_jax.studies import plan
@@ -69,6 +70,8 @@ def work(ledger, folder, beside, train, say, keep_checkpoints=False,
     ledger.write_table()
     if not keep_checkpoints:
       shutil.rmtree(os.path.join(run, checkpoint.FOLDER), ignore_errors=True)
+      with contextlib.suppress(FileNotFoundError):
+        os.remove(os.path.join(run, model_file.NAME))
 
 
 def elsewhere(trial, folder):
