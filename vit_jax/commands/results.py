@@ -4,10 +4,12 @@
 
 Runs whose configs differ in nothing but the seed form a row; a row is named by
 the keys in which the groups differ. Without --metric it is the averaged
-weights' top-1 where a run kept an average, else the raw weights'.
+weights' top-1 where a run kept an average, else the raw weights'. Members of a
+population are runs.
 """
 import argparse
 import json
+import math
 import statistics
 
 from etils import epath
@@ -37,8 +39,7 @@ def table(runs, metric=''):
     ValueError: a folder without a finished run.
   """
   groups = {}
-  for run in runs:
-    config, value = read(run, metric)
+  for config, value in (pair for run in runs for pair in read(run, metric)):
     key = tuple(sorted((k, json.dumps(v)) for k, v in config.items()
                        if k not in SEEDS and not config_lib.is_how(k)))
     groups.setdefault(key, []).append(value)
@@ -61,7 +62,10 @@ def table(runs, metric=''):
 
 
 def read(run, metric=''):
-  """Returns (flat config, final value of the metric) of a run's folder."""
+  """Yields (flat config, final value of the metric) of a run's folder.
+
+  One; or, of a population's, one for each member.
+  """
   rows = metric_writer.read(run)
   wanted = (metric,) if metric else DEFAULT_METRICS
   found = [n for n in wanted if any(n in row for row in rows)]
@@ -71,4 +75,8 @@ def read(run, metric=''):
         'Give folders of runs that were evaluated, or another --metric.')
   path = epath.Path(run) / workdir.CONFIG
   config = config_lib.flatten(json.loads(path.read_text()))
-  return config, [row[found[0]] for row in rows if found[0] in row][-1]
+  last = {r.get('member'): r[found[0]] for r in rows if found[0] in r}
+  members = dict(enumerate(config.pop('members', ()))) or {None: {}}
+  for i, member in members.items():
+    own = {k if k == 'seed' else f'optimizer.{k}': v for k, v in member.items()}
+    yield {**config, **own}, math.nan if last[i] is None else last[i]
