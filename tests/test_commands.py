@@ -136,9 +136,11 @@ def test_augment_sheet_tells_what_was_drawn():
      'mixup(alpha)'),
     (['augment-sheet', '--config', runs.DIGITS, '--examples=1',
       '--out=/no/such/folder.png'], '--out'),
-    (['bench'], 'There is: data, augment'),
+    (['bench'], 'There is: data, augment, population'),
     (['bench', 'augment', '--augment=mixup(0.2)'], 'has no op on pixels'),
     (['bench', 'augment', '--size=8'], 'See --help'),
+    (['bench', 'population', '--members=0x'], 'are no numbers'),
+    (['bench', 'population', '--forms=vmap'], "Did you mean 'vmap/xla'"),
 ])
 def test_sheet_and_bench_with_bad_input(flags, message, capsys):
   assert command_line.main(flags) == 2
@@ -162,6 +164,18 @@ def test_bench_augment_of_a_step(capsys):
       ['bench', 'augment', '--size=32', '--batch=2', '--repeats=1',
        '--step_batch=8', '--model=micro', '--augment=randaug(1, 10)']) == 0
   assert 'a share of' in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_bench_population(capsys):
+  assert command_line.main(
+      ['bench', 'population', '--members=1,2', '--rounds=1', '--batch=8',
+       '--stem=patchify', '--forms=vmap/xla,map/im2col']) == 0
+  rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+  assert [(row[0], row[1]) for row in rows] == [
+      ('1', 'separate'), *((p, form) for p in '12'
+                           for form in ('vmap/xla', 'map/im2col'))]
+  assert rows[0][-1] == '1.00' and all(float(row[-2]) > 0 for row in rows)
 
 
 def test_help_of_a_benchmark(capsys):

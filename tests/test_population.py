@@ -1,4 +1,5 @@
 """Populations: a member is its single run, and knows nothing of the others."""
+import contextlib
 import functools
 import json
 import os
@@ -14,6 +15,7 @@ from vit_jax import metric_writer
 from vit_jax import param_paths
 from vit_jax import population
 from vit_jax import sharding
+from vit_jax.commands import results as results_command
 
 # SGD's momentum after a first step without decay is the gradient.
 MEMBERS = [dict(lr=0.02, weight_decay=0.0, seed=0),
@@ -35,24 +37,25 @@ def config(cache):
 def build(config):
   """Returns build(optimizer, driver, devices): a population, made once."""
   @functools.cache
-  def build(optimizer='sgd', driver='map', devices=1):
+  def build(optimizer='sgd', driver='map', devices=1, **changes):
     with on(devices):
       return population.create(
-          experiment.checked(config(optimizer)), MEMBERS, driver)
+          experiment.checked(config(optimizer, **changes)), MEMBERS, driver)
   return build
 
 
 @pytest.fixture(scope='module')
 def single(config):
-  """Returns single(optimizer, member): (state, [metrics], state after one)."""
+  """Returns single(optimizer, member): (state after a step, losses)."""
   @functools.cache
-  def made(optimizer):
+  def made(optimizer, augment):
     with on(1):
-      run = experiment.create(experiment.checked(config(optimizer)))
+      run = experiment.create(
+          experiment.checked(config(optimizer, augment=augment)))
     return run, jax.jit(run.step)
 
-  def single(optimizer, member):
-    run, step = made(optimizer)
+  def single(optimizer, member, augment=''):
+    run, step = made(optimizer, augment)
     hypers = population.train_step.make_hypers(
         member, member['seed'], run.mesh)
     state, rows, first = noisy(run.init_fn(hypers['key'])), [], None
@@ -66,19 +69,13 @@ def single(config):
   return single
 
 
+@contextlib.contextmanager
 def on(devices):
   """A context in which meshes are of so many devices."""
-  patch = pytest.MonkeyPatch.context()
-  class Context:
-    def __enter__(self):
-      patch.__enter__().setattr(sharding, 'create_mesh', functools.partial(
-          REAL_MESH, devices=jax.devices()[:devices]))
-    def __exit__(self, *args):
-      patch.__exit__(*args)
-  return Context()
-
-
-REAL_MESH = sharding.create_mesh
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sharding, 'create_mesh', functools.partial(
+        sharding.create_mesh, devices=jax.devices()[:devices]))
+    yield
 
 
 def noisy(state, leading=0):
@@ -143,11 +140,12 @@ def test_a_member_is_its_single_run(build, single, driver):
 
 
 @pytest.mark.slow
-def test_with_adam_losses_agree(build, single):
-  made = build('adamw')
+@pytest.mark.parametrize('augment', ['', 'randaug(2, 10)|mixup(0.2)'])
+def test_with_adam_losses_agree(build, single, augment):
+  made = build('adamw', augment=augment)
   _, losses = run(made, with_lr(made, slice(None), 1e-3))
   for i, member in enumerate(MEMBERS):
-    _, expected = single('adamw', {**member, 'lr': 1e-3})
+    _, expected = single('adamw', {**member, 'lr': 1e-3}, augment)
     np.testing.assert_allclose(losses[:, i], expected, rtol=1e-4)
 
 
@@ -166,18 +164,18 @@ def test_a_member_that_diverges_leaves_the_others_bits(build, driver, lr):
 
 
 def test_devices_share_members_and_agree(build):
-  one, eight = build('sgd', 'map'), build('sgd', 'map', 8)
-  states = eight.init()
+  one, two = build('sgd', 'map'), build('sgd', 'map', 2)
+  states = two.init()
   for leaf in jax.tree.leaves(states):
-    # Three members are made eight, one a device.
-    assert leaf.shape[0] == 8 and len(leaf.sharding.device_set) == 8
-    assert leaf.addressable_shards[0].data.shape[0] == 1
-  text = eight.step.lower(
-      states, next(eight.batches()), eight.hypers).compile().as_text()
+    # Three members are made four, two a device.
+    assert leaf.shape[0] == 4 and len(leaf.sharding.device_set) == 2
+    assert leaf.addressable_shards[0].data.shape[0] == 2
+  batch = jax.device_put(next(two.batches()), two.batch_sharding)
+  text = two.step.lower(states, batch, two.hypers).compile().as_text()
   assert not [op for op in ('all-reduce', 'all-gather', 'collective-permute',
                             'all-to-all') if op in text]
   np.testing.assert_allclose(
-      run(one)[1], run(eight)[1][:, :3], rtol=1e-5)
+      run(one, steps=4)[1], run(two, steps=4)[1][:, :3], rtol=1e-5)
 
 
 def test_another_rate_decay_or_seed_compiles_nothing(build, config):
@@ -250,6 +248,14 @@ def test_train_gives_each_member_the_metrics_of_its_run(
   with open(tmp_path / 'config.json') as f:
     assert [m['seed'] for m in json.load(f)['members']] == [0, 0, 1]
 
+  table = results_command.table([str(tmp_path), workdir]).splitlines()
+  cells = {line.split('|')[1].strip(): line.split('|')[2:-1] for line in table}
+  top1 = [m['metrics']['test_ema/top1'] for m in found]
+  same = [top1[0], top1[2], results['test_ema/top1']]
+  assert cells['1e+30'][0].strip() == '1'
+  assert cells['0.002'][0].strip() == '3'
+  assert cells['0.002'][1].strip() == f'{np.mean(same):.2%}'
+
   with runs.refused('holds a run'):
     population.train(c, members, str(tmp_path))
 
@@ -270,11 +276,10 @@ def test_what_is_not_done_is_refused(config, changes, members, match):
     population.train(config(**changes), members)
 
 
-def test_a_key_that_nothing_reads_is_refused(config):
-  c = config()
-  c.typo = 1
+@pytest.mark.parametrize('path', ['typo', 'checkpoint__typo'])
+def test_a_key_that_nothing_reads_is_refused(config, path):
   with runs.refused('typo'):
-    population.train(c, [{}])
+    population.train(config(**{path: 1}), [{}])
 
 
 def test_drivers_and_forms(config):

@@ -163,9 +163,9 @@ def check_all_read(config, but=()):
 
   Args:
     config: see `track`.
-    but: sections whose leaves need not be read.
+    but: dotted paths that need not be read.
   """
-  paths = [p for p in unread(config) if p.partition('.')[0] not in but]
+  paths = [path for path in unread(config) if path not in but]
   if paths:
     raise ValueError(
         f'Nothing reads the config key(s) {", ".join(paths)}.\n'

@@ -2,6 +2,7 @@
 
   vit-jax bench data        input, against plain tf.data; what it can feed
   vit-jax bench augment     augmentation: its forms, its share of a step
+  vit-jax bench population  many small models at once, against one by one
 
 vit-jax bench PART --help says more. What is compared is timed in turns, several
 times; compare ratios, and those of an idle machine.
@@ -11,7 +12,8 @@ import importlib
 from vit_jax import choices
 
 BENCHES = {'data': 'vit_jax.commands.bench_data',
-           'augment': 'vit_jax.commands.bench_augment'}
+           'augment': 'vit_jax.commands.bench_augment',
+           'population': 'vit_jax.commands.bench_population'}
 
 
 def main(argv):

@@ -5,13 +5,15 @@
 
 Runs whose configs differ in nothing but the seed form a row; a row is named by
 the keys in which the groups differ. Without --metric it is the averaged
-weights' top-1 where a run kept an average, else the raw weights'.
+weights' top-1 where a run kept an average, else the raw weights'. Members of a
+population are runs.
 
 With --versus both lists are one row each, and the differences between runs of
 equal seeds have a mean and a 95 % interval: Student's t.
 """
 import argparse
 import json
+import math
 import statistics
 
 from etils import epath
@@ -44,8 +46,7 @@ def table(runs, metric=''):
     ValueError: a folder without a finished run.
   """
   groups = {}
-  for run in runs:
-    config, value = read(run, metric)
+  for config, value in (pair for run in runs for pair in read(run, metric)):
     key = tuple(sorted((k, json.dumps(v)) for k, v in config.items()
                        if k not in SEEDS and not config_lib.is_how(k)))
     groups.setdefault(key, []).append(value)
@@ -77,7 +78,8 @@ def paired(runs, others, metric=''):
     ValueError: a folder without a finished run, or seeds that are not the same
       two or more, each once, on both sides.
   """
-  sides = [[read(run, metric) for run in side] for side in (runs, others)]
+  sides = [[row for run in side for row in read(run, metric)]
+           for side in (runs, others)]
   seeds = [[config['seed'] for config, _ in side] for side in sides]
   if sorted(seeds[0]) != sorted(seeds[1]) or len(set(seeds[0])) < max(
       len(seeds[0]), 2):
@@ -99,7 +101,10 @@ def paired(runs, others, metric=''):
 
 
 def read(run, metric=''):
-  """Returns (flat config, final value of the metric) of a run's folder."""
+  """Yields (flat config, final value of the metric) of a run's folder.
+
+  One; or, of a population's, one for each member.
+  """
   rows = metric_writer.read(run)
   wanted = (metric,) if metric else DEFAULT_METRICS
   found = [n for n in wanted if any(n in row for row in rows)]
@@ -109,4 +114,8 @@ def read(run, metric=''):
         'Give folders of runs that were evaluated, or another --metric.')
   path = epath.Path(run) / workdir.CONFIG
   config = config_lib.flatten(json.loads(path.read_text()))
-  return config, [row[found[0]] for row in rows if found[0] in row][-1]
+  last = {r.get('member'): r[found[0]] for r in rows if found[0] in r}
+  members = dict(enumerate(config.pop('members', ()))) or {None: {}}
+  for i, member in members.items():
+    own = {k if k == 'seed' else f'optimizer.{k}': v for k, v in member.items()}
+    yield {**config, **own}, math.nan if last[i] is None else last[i]
