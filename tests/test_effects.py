@@ -166,7 +166,7 @@ EFFECTS = {
     'evaluators.minival.name': ('refused', 'regression'),
     'evaluators.minival.split': ('batches', 'test'),
     'checkpoint.every_epochs': ('checkpoint', {10.0: 1.0, ...: 2.0}),
-    'checkpoint.every_percent': ('checkpoint', 25.0),
+    'checkpoint.every_percent': ('checkpoint', {25.0: 50.0, ...: 25.0}),
     'checkpoint.keep_last': ('keep', 3),
     'checkpoint.keep_best': ('keep', ''),
     'compilation_cache': ('cache', ''),
