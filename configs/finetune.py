@@ -69,6 +69,7 @@ from vit_jax import recipes
 
 
 def get_config(args=None):
+  """Returns the config; `args` is the text of arguments listed above."""
   args = recipes.parse_args(
       args, checkpoint='', data='', preset=tuple(recipes.TRANSFER),
       model='auto', stem='auto', origin=('auto', *recipes.ORIGINS),
