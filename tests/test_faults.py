@@ -177,7 +177,9 @@ def test_a_signal_in_evaluation_saves_and_the_evaluation_is_done_again(
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_aborts(number):
-  code = ('import os, time\n'
+  code = ('import os, signal, time\n'
+          # In the background a shell starts programs without it.
+          'signal.signal(signal.SIGINT, signal.default_int_handler)\n'
           'from vit_jax import preemption\n'
           'with preemption.Stop() as stop:\n'
           f'  os.kill(os.getpid(), {int(number)})\n'

@@ -21,6 +21,7 @@ def test_notebook_runs(path, tmp_path, monkeypatch):
   monkeypatch.setenv('VIT_JAX_NOTEBOOK_SMALL', '1')
   monkeypatch.setenv('VIT_JAX_NOTEBOOK_DIR', str(tmp_path))
   monkeypatch.setenv('PYTHONPATH', runs.ROOT)
+  monkeypatch.setenv('XLA_FLAGS', '')  # one device, as users have
   book = nbformat.read(path, as_version=4)
   nbclient.NotebookClient(book, timeout=600, resources={
       'metadata': {'path': os.path.dirname(path)}}).execute()

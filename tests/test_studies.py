@@ -30,6 +30,14 @@ class Diverged(RuntimeError):
   pass
 
 
+@pytest.fixture
+def tmp_path(tmp_path):
+  """A folder without others beside it, whose results a study would take."""
+  own = tmp_path / 'own'
+  own.mkdir()
+  return own
+
+
 def train_by(errors, log):
   """A stand-in for the module `train`: errors by call, None diverges."""
   def train_and_evaluate(config, run):
