@@ -75,7 +75,7 @@ def _parse(argv):
     for name, default in (('images', ''), ('augment', 'randaug(2, 10)')):
       flags.DEFINE_string(name, default, name, flag_values=values)
     for name, default in (('sample', 1000), ('batch', 64), ('batches', 16),
-                          ('rounds', 5), ('short_side', 320), ('quality', 90)):
+                          ('rounds', 5), ('short_side', 256), ('quality', 90)):
       flags.DEFINE_integer(
           name, default, name, lower_bound=1, flag_values=values)
     flags.DEFINE_float('consumer', 0, '/s', lower_bound=0, flag_values=values)
