@@ -201,6 +201,23 @@ def test_trials_of_dead_workers_are_taken_again(tmp_path, monkeypatch):
   assert book.claim()[0].index == 2
 
 
+def test_two_workers_free_the_same_dead_one(tmp_path, monkeypatch):
+  todo = trials(1)
+  one, other = (ledger.Ledger('edf', todo, str(tmp_path)) for _ in range(2))
+  _, key = one.claim()
+  key.set_user_attr('worker', {
+      **key.user_attrs['worker'], 'pid': 2**22 - 1, 'started': '1'})
+  seen = other._study.get_trials(False)  # before the first frees it
+  one._free_dead()
+  with monkeypatch.context() as context:
+    context.setattr(other._study, 'get_trials', lambda *_, **__: seen)
+    other._free_dead()
+  # Who was thought dead records nothing.
+  one.finish(key, todo[0], dict(
+      test_error=.1, validation_error=.1, diverged=False, steps=1))
+  assert not other.rows() and other.claim()[0].index == 0
+
+
 def test_two_processes_do_each_trial_once(tmp_path):
   code = textwrap.dedent(f'''
       import sys, time, types

@@ -172,12 +172,18 @@ class Ledger:
     for trial in self._study.get_trials(False, states=(states.RUNNING,)):
       begun = trial.datetime_start.timestamp() if trial.datetime_start else 0
       if _is_dead(trial.user_attrs.get(_WORKER, {}), begun):
-        with contextlib.suppress(ValueError):  # another did it meanwhile
+        with self._unless_told():
           self._study.tell(trial.number, state=states.FAIL)
 
   def release(self, key):
     """Frees a trial that was not finished."""
-    self._study.tell(key, state=self._optuna.trial.TrialState.FAIL)
+    with self._unless_told():
+      self._study.tell(key, state=self._optuna.trial.TrialState.FAIL)
+
+  def _unless_told(self):
+    """A context for telling of a trial, of which another may have told."""
+    return contextlib.suppress(
+        ValueError, self._optuna.exceptions.OptunaError)
 
   def finish(self, key, trial, result):
     """Records a result; whoever was thought dead meanwhile records nothing.
@@ -192,7 +198,7 @@ class Ledger:
     value = result['test_error'] if value is None else value
     # A run that diverged has no error, but is one of those that were tried.
     value = math.inf if result['diverged'] else value
-    with contextlib.suppress(ValueError, RuntimeError):
+    with self._unless_told():
       key.set_user_attr(_RESULT, {
           'arm': trial.arm, 'point': trial.point, **result, **trial.changes,
           'config': trial.config})
