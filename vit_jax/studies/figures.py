@@ -107,6 +107,8 @@ def scatter(path, rows, arms, keys):
                        alpha=0.15, linewidth=0)
         axis.set(xscale='log', xlabel=name,
                  ylabel=f'{arm}\ntest error (%)' if name == names[0] else '')
+        # Over less than two decades they would run into each other.
+        axis.xaxis.set_minor_formatter('')
 
 
 def lengths(path, series):
