@@ -566,7 +566,8 @@ def study_arm(label, args, stem, optimizer='adamw', epochs=0.0, size=''):
     changes['input.per_class'] = args.per_class
   if args.scale == 'digits':
     file = 'digits.py'
-    changes |= {'input.validation': 0.5, 'input.per_class': 30,
+    changes |= {'input.validation': 0.5,
+                'input.per_class': args.per_class or 30,
                 'model.size': size or 'micro', 'eval.every_steps': 0,
                 'checkpoint.every_steps': 0}
   elif args.scale == 'cifar10':

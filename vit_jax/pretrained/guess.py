@@ -10,14 +10,15 @@ import math
 from typing import NamedTuple
 
 from vit_jax import pretrained
+from vit_jax import recipes
 from vit_jax.models import variants
 from vit_jax.pretrained import files
 from vit_jax.pretrained import posembed
 
 # (mean, std), fractions.
 NORMALIZATIONS = {
-    'half': ((0.5,), (0.5,)),
-    'imagenet': ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    'half': (recipes.HALF, recipes.HALF),
+    'imagenet': (recipes.IMAGENET_MEAN, recipes.IMAGENET_STD),
 }
 
 
@@ -41,18 +42,25 @@ _RESIZE = 'decode|resize({size})'
 _CROP = 'decode|resize_small({larger})|central_crop({size})'
 _PILLOW = ("decode|resize_small({larger}, '{filter}_antialias')|"
            'central_crop({size})')
-_TIMM = Release('erf', 1e-6, _PILLOW.replace('{filter}', 'bicubic'),
-                enlarge=1 / 0.9)
-_TORCH = Release('erf', 1e-6, _PILLOW.replace('{filter}', 'bilinear'),
-                 'imagenet', 256 / 224)
+
+
+def _release(origin, pp, enlarge=1.0):
+  """The Release of a key of `recipes.ORIGINS`, which says what it shares."""
+  gelu, norm_eps, *normalization = recipes.ORIGINS[origin]
+  name = next(k for k, v in NORMALIZATIONS.items() if v == (*normalization,))
+  return Release(gelu, norm_eps, pp, name, enlarge)
+
+
+_TIMM = _release('timm', _PILLOW.replace('{filter}', 'bicubic'), 1 / 0.9)
+_TORCH = _release(
+    'torchvision', _PILLOW.replace('{filter}', 'bilinear'), 256 / 224)
+_AUGREG = _release('augreg', _RESIZE)
 RELEASES = {
-    'augreg': Release('tanh', 1e-6, _RESIZE),
-    'big_vision': Release('tanh', 1e-6, _CROP, enlarge=256 / 224),
-    'mixer': Release('tanh', 1e-6, _RESIZE),
-    'bit': Release('tanh', 1e-6, _RESIZE),
+    'augreg': _AUGREG, 'mixer': _AUGREG, 'bit': _AUGREG,
+    'big_vision': _release('augreg', _CROP, 256 / 224),
     'timm': _TIMM, 'timm_mixer': _TIMM, 'timm_bit': _TIMM,
-    'huggingface': Release(
-        'erf', 1e-12, "decode|resize({size}, method='bilinear_antialias')"),
+    'huggingface': _release(
+        'hf', "decode|resize({size}, method='bilinear_antialias')"),
     'pycls': _TORCH, 'torchvision': _TORCH,
 }
 
