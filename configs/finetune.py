@@ -172,6 +172,7 @@ def length(c, steps, warmup, batch):
 
 
 def augreg(c, args, row):
+  """AugReg, Table 4."""
   c.optimizer = recipes.sgd(
       args.lr or row.rates[0], 0.0, recipes.DECAY_KERNELS)
   c.optimizer.update(nesterov=False, clip_norm=1.0)
@@ -184,6 +185,7 @@ def augreg(c, args, row):
 
 
 def bit(c, args, row):
+  """BiT's HyperRule; ValueError without the number of images."""
   classes = len(c.input.only_classes) or row.num_classes
   n = args.n or args.per_class * classes or row.num_train
   if not n:
@@ -199,6 +201,7 @@ def bit(c, args, row):
 
 
 def vit_c_i21k(c, args, row):
+  """The ViT_C paper, Appendix E."""
   c.total_epochs = 20.0
   c.global_batch_size = args.batch or 2048
   if args.steps:
