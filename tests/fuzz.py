@@ -64,13 +64,14 @@ def stopping_before_the_compile():
     _, abstract = real(*args)
     return lambda key: types.SimpleNamespace(step=0), abstract
 
-  def compile_step(step, abstract_state, abstract_batch, hypers, mesh):
-    with sharding.tracing(mesh):
-      jax.eval_shape(step, abstract_state, abstract_batch, hypers)
+  def compile_step(run):
+    with sharding.tracing(run.mesh):
+      jax.eval_shape(run.step, *run.abstract_args)
     raise Reached
 
   with mock.patch.object(train.train_state, 'init', init), \
-      mock.patch.object(train, 'compile_step', compile_step):
+      mock.patch.object(train.experiment.Experiment, 'compile_step',
+                        compile_step):
     yield
 
 

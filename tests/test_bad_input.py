@@ -130,10 +130,8 @@ def test_a_number_out_of_range(value):
     lambda: schedules.create(
         recipes.cosine(1.0, final=float('nan')), UNITS, 1000),
     lambda: train_step.make_hypers(
-        dict(lr=float('inf'), weight_decay=0), 0, sharding.create_mesh(
-            {'data': -1})),
-    lambda: train_step.make_hypers(
-        dict(lr=0, weight_decay=0), 2**70, sharding.create_mesh({'data': -1})),
+        dict(lr=float('inf'), weight_decay=0), 0),
+    lambda: train_step.make_hypers(dict(lr=0, weight_decay=0), 2**70),
     lambda: durations.to_steps(dict(total_epochs=1e300), 'total', UNITS),
     lambda: durations.to_steps(dict(total_steps=float('nan')), 'total', UNITS),
 ])

@@ -322,13 +322,13 @@ def observe(config, what, tmp_path, monkeypatch):
                 variables(key), make_tx, frozen, with_ema), jax.random.key(0))]
     return (lambda key: None), result[1] if result else ()
 
-  def step(_, fn, state, batch, hypers, mesh):
+  def step(_, run):
     if what == 'step':
-      with sharding.tracing(mesh):
-        seen['step'] = jaxpr(fn, state, batch, hypers)
-    seen['inputs'] = float(hypers['weight_decay'])
+      with sharding.tracing(run.mesh):
+        seen['step'] = jaxpr(run.step, *run.abstract_args)
+    seen['inputs'] = float(run.hypers['weight_decay'])
     if what == 'init':
-      seen['init'].append(jax.random.key_data(hypers['key']).tolist())
+      seen['init'].append(jax.random.key_data(run.hypers['key']).tolist())
 
   def with_variables(_, state, given):
     if 'init' in seen:
@@ -368,7 +368,8 @@ def observe(config, what, tmp_path, monkeypatch):
     watch(train.wandb_logger, 'Logger', lambda logger, *_: seen.update(
         logger=(logger._project, logger._mode, logger._on)), ['logger'])
     patch.setattr(train.metric_writer, 'MetricWriter', lambda *_: None)
-    watch(train, 'compile_step', step, ['step', 'init', 'inputs'], call=False)
+    watch(train.experiment.Experiment, 'compile_step', step,
+          ['step', 'init', 'inputs'], call=False)
     watch(input_pipeline.to_device, 'prefetch', lambda _, batches, s, size:
           seen.update(prefetch=size), ['prefetch'], call=False)
     old = jax.config.jax_compilation_cache_dir

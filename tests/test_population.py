@@ -56,8 +56,7 @@ def single(config):
 
   def single(optimizer, member, augment=''):
     run, step = made(optimizer, augment)
-    hypers = population.train_step.make_hypers(
-        member, member['seed'], run.mesh)
+    hypers = population.train_step.make_hypers(member, member['seed'])
     state, rows, first = noisy(run.init_fn(hypers['key'])), [], None
     batches = run.train_batches()
     for _ in range(STEPS):

@@ -57,7 +57,7 @@ def build(stem, num_devices=1, frozen=(), optimizer_name='adamw', average=True):
 
 def run(stem, num_devices=1, seed=0, lr=1e-3, wd=0.1, **kwargs):
   init_fn, step, mesh = build(stem, num_devices, **kwargs)
-  hypers = train_step.make_hypers(dict(lr=lr, weight_decay=wd), seed, mesh)
+  hypers = train_step.make_hypers(dict(lr=lr, weight_decay=wd), seed)
   state = init_fn(hypers['key'])
   first = state
   losses = []

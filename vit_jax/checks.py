@@ -25,13 +25,13 @@ def check_data(config, data):
         f'{data.eval_shape}.\nLet input.pp and input.eval_pp end in one size.')
 
 
-def check_model(model, data, batch_size):
+def check_model(model, image_shape, batch_size):
   """Raises ValueError for images or batches that the model cannot take.
 
   Warns of pixels that no patch covers.
   """
   if patch := getattr(model, 'patch', 0):
-    _, cropped = vit.token_grid(patch, data.image_shape[:2])
+    _, cropped = vit.token_grid(patch, image_shape[:2])
     if any(cropped):
       say(f'warning: {cropped[0]} rows and {cropped[1]} columns of pixels do '
           f'not fill a patch of {patch} and are cropped')

@@ -143,8 +143,7 @@ def create(config, members, driver='auto'):
   driver = _choose(driver, config.model)
   run = experiment.create(config)
   rows = [*members, *members[-1:] * (-len(members) % run.mesh.size)]
-  hypers = [train_step.make_hypers(member, member['seed'], run.mesh)
-            for member in rows]
+  hypers = [train_step.make_hypers(member, member['seed']) for member in rows]
   # A member's order and crops are those of its single run, too.
   seeds = [config.data_seed if config.data_seed >= 0 else member['seed']
            for member in rows]

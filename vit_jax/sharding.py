@@ -82,6 +82,11 @@ def put(value, sharding):
       value.shape, sharding, lambda index: value[index])
 
 
+def put_tree(tree, sharding):
+  """`put` of every leaf of a tree."""
+  return jax.tree.map(lambda leaf: put(leaf, sharding), tree)
+
+
 def abstract_batch(image_shape, batch_size, mesh):
   """Shapes of a training batch: uint8 images [B, H, W, C], int32 labels [B]."""
   leaf = lambda shape, dtype: jax.ShapeDtypeStruct(

@@ -120,9 +120,9 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
       f'after {start}\n{optimizer.describe(config.optimizer, run.trained)}\n'
       f'augment: {config.augment or "none"}')
 
-  step_fn = compile_step(
-      run.step, run.abstract_state, sharding.abstract_batch(
-          data.image_shape, run.batch_size, run.mesh), run.hypers, run.mesh)
+  begin = time.perf_counter()
+  step_fn = run.compile_step()
+  say(f'compiled the training step in {time.perf_counter() - begin:.1f} s')
   bad_files = workdir_lib.bad_files(workdir)
   batches = input_pipeline.to_device.prefetch(
       run.train_batches(start_step=start), sharding.batch(run.mesh),
@@ -185,19 +185,6 @@ def check_finite(metrics, manager):
         f'The loss of step {step} is not finite; the newest good checkpoint is '
         f'of step {manager.latest_step()}.\nLower optimizer.lr, lengthen '
         'schedule.warmup_*, or set optimizer.clip_norm=1, and --fork from it.')
-
-
-def compile_step(step, abstract_state, abstract_batch, hypers, mesh):
-  """Compiles the step ahead of the loop, so that its time can be told."""
-  begin = time.perf_counter()
-  shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
-  with sharding.tracing(mesh):
-    compiled = distributed.compiled(
-        jax.jit(step, donate_argnums=0,
-                out_shardings=(shardings, sharding.replicated(mesh))),
-        abstract_state, abstract_batch, hypers)
-  say(f'compiled the training step in {time.perf_counter() - begin:.1f} s')
-  return compiled
 
 
 say = metric_writer.say

@@ -66,7 +66,7 @@ def create(variables, make_tx, frozen, with_ema):
       first_nonfinite_step=jnp.full((), -1, jnp.int32))
 
 
-def model_fields(config, frozen):
+def model_fields(config, frozen, platform=''):
   """What `models.create` takes, from a config section.
 
   dtype 'auto' is bfloat16 on accelerators and float32 on CPU, where bfloat16
@@ -76,6 +76,7 @@ def model_fields(config, frozen):
   Args:
     config: the section `model`.
     frozen: regexes of the parameters that are not trained.
+    platform: 'cpu', 'gpu' or 'tpu'; '': of the devices that are here.
 
   Raises:
     ValueError: an unknown key, size or stem, a key that this kind of model
@@ -86,8 +87,8 @@ def model_fields(config, frozen):
   known = _check_fields(size, config)
   fields = {key: config[key] for key in config}
   if fields['dtype'] == 'auto':
-    on_cpu = jax.default_backend() == 'cpu'
-    fields['dtype'] = 'float32' if on_cpu else 'bfloat16'
+    platform = platform or jax.default_backend()
+    fields['dtype'] = 'float32' if platform == 'cpu' else 'bfloat16'
   if fields.get('conv') == 'auto':
     fields['conv'] = 'xla'
   if (frozen and 'stem' in known

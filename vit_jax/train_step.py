@@ -8,7 +8,6 @@ from vit_jax import choices
 from vit_jax import ema as ema_lib
 from vit_jax import losses
 from vit_jax import ranges
-from vit_jax import sharding
 
 
 def normalizer(mean, std, channels):
@@ -112,13 +111,12 @@ def make_predict(model, normalize):
       variables, normalize(images), train=False)
 
 
-def make_hypers(config, seed, mesh):
-  """The traced numbers of a run; see `make`.
+def make_hypers(config, seed):
+  """The traced numbers of a run, on the host; see `make`.
 
   Args:
     config: the optimizer's section, with `lr` and `weight_decay`.
     seed: int in [0, 2**63).
-    mesh: see `sharding`.
 
   Raises:
     ValueError: a number that is negative or not finite.
@@ -127,11 +125,9 @@ def make_hypers(config, seed, mesh):
   number = lambda key: np.float32(
       ranges.check(f'optimizer.{key}', config[key], 0, largest))
   ranges.check('seed', seed, 0, below=2**63)
-  hypers = {
+  return {
       'lr': number('lr'),
       'weight_decay': number('weight_decay'),
       # The generator is named: others are not stable under vmap.
       'key': jax.random.key(seed, impl='threefry2x32'),
   }
-  return {name: sharding.put(value, sharding.replicated(mesh))
-          for name, value in hypers.items()}

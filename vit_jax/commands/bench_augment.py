@@ -161,8 +161,9 @@ def step(line, model_size, batch, size, repeats):
       model, _CLASSES, dict(name='softmax_xent', label_smoothing=0.1))
   schedule = schedules.create(
       recipes.cosine(0.0), durations.Units.of(100 * batch, batch, 'exact'), 100)
-  hypers = train_step.make_hypers(
-      dict(lr=1e-3, weight_decay=0.24), 0, mesh)
+  hypers = sharding.put_tree(
+      train_step.make_hypers(dict(lr=1e-3, weight_decay=0.24), 0),
+      sharding.replicated(mesh))
   data = jax.device_put(
       {'image': _images(batch, size),
        'label': np.arange(batch, dtype=np.int32) % _CLASSES},
