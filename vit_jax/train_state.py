@@ -5,6 +5,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vit_jax import choices
 from vit_jax import models
@@ -146,8 +147,7 @@ def _is_batch_norm_frozen(size, stem, frozen):
 def abstract_variables(model, image_shape, mesh):
   """The shapes of a model's variables; computes nothing."""
   with sharding.tracing(mesh):
-    return jax.eval_shape(_init_variables(model, image_shape),
-                          jax.random.key(0))
+    return jax.eval_shape(_init_variables(model, image_shape), _abstract_key())
 
 
 def init(model, image_shape, make_tx, frozen, with_ema, mesh):
@@ -167,7 +167,7 @@ def init(model, image_shape, make_tx, frozen, with_ema, mesh):
   init_fn = lambda key: create(
       init_variables(key), make_tx, frozen, with_ema)
   with sharding.tracing(mesh):
-    shapes = jax.eval_shape(init_fn, jax.random.key(0))
+    shapes = jax.eval_shape(init_fn, _abstract_key())
   shardings = sharding.of_state(shapes, mesh)
   abstract = jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -208,6 +208,11 @@ def with_variables(state, given):
       batch_stats=fill(state.batch_stats, 'batch_stats'), ema=ema)
 
 
+def _abstract_key():
+  # A real one would be made on the mesh, whose devices may not be here.
+  return jax.eval_shape(jax.random.key, 0)
+
+
 def _init_variables(model, image_shape):
-  image = jnp.zeros((1, *image_shape), jnp.float32)
+  image = np.zeros((1, *image_shape), np.float32)
   return lambda key: model.init(key, image, train=False)
