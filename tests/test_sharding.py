@@ -1,6 +1,8 @@
 """Every division of the devices computes what one device does."""
 import functools
+import os
 import re
+import shutil
 
 import jax
 from jax.sharding import PartitionSpec as P
@@ -10,10 +12,13 @@ import pytest
 import input_pipeline
 from tests import runs
 from vit_jax import accumulation
+from vit_jax import checkpoint
+from vit_jax import experiment
 from vit_jax import param_paths
 from vit_jax import program
 from vit_jax import recipes
 from vit_jax import sharding
+from vit_jax import train as training
 
 BATCH, STEPS = 64, 5
 STRATEGIES = {
@@ -196,3 +201,45 @@ def test_a_step_holds_its_activations_divided(scan):
   assert eight < one / 4
   # No array of all 64 examples' tokens, as a gather would make.
   assert not re.search(r'f32\[64,17,(64|192)\]', text)
+
+
+def test_a_checkpoint_goes_on_under_another_mesh_and_without_scan(
+    finished, cache, tmp_path):
+  workdir, results = finished  # data parallel, with scan, 4 steps
+  half = str(tmp_path)
+  shutil.copytree(workdir, half, dirs_exist_ok=True)
+  shutil.rmtree(os.path.join(half, 'checkpoints', '4'))
+  again = training.train_and_evaluate(runs.short(
+      cache, mesh=dict(data=2, fsdp=2, tensor=2), model__scan=False), half)
+  assert again == pytest.approx(results, rel=1e-4)
+  name = lambda keys: '/'.join(re.findall(r'\w+', keys))
+  scanned, blocks = ({name(keys): value for keys, value in
+                      runs.arrays(w, 4).items()} for w in (workdir, half))
+  # What a model with scan makes of the second.
+  run = experiment.create(experiment.checked(runs.short(cache)))
+  with checkpoint.Manager(half) as manager:
+    state = manager.restore(run.abstract_state)
+  stacked = {name(jax.tree_util.keystr(keys)): np.asarray(value)
+             for keys, value in jax.tree_util.tree_leaves_with_path(state)}
+  assert stacked.keys() == scanned.keys()
+  kernels = [p for p in stacked if p.endswith('blocks/mlp/fc1/kernel')]
+  assert len(kernels) >= 3  # parameters and two moments, at least
+  for path in kernels:
+    np.testing.assert_allclose(stacked[path], scanned[path], atol=2e-5)
+    for i, kernel in enumerate(stacked[path]):
+      np.testing.assert_array_equal(
+          kernel, blocks[path.replace('blocks', f'block_{i:02d}')])
+
+
+def test_weights_of_a_run_with_scan_start_one_without(
+    finished, cache, tmp_path):
+  workdir, _ = finished
+  given = [checkpoint.init_from(
+      runs.short(cache, model__scan=scan, init_from__run=workdir).init_from,
+      experiment.create(experiment.checked(
+          runs.short(cache, model__scan=scan))).variables)['params']
+      for scan in (True, False)]
+  stacked = given[0]['encoder/blocks/mlp/fc2/kernel']
+  for i, kernel in enumerate(stacked):
+    np.testing.assert_array_equal(
+        given[1][f'encoder/block_{i:02d}/mlp/fc2/kernel'], kernel)

@@ -128,7 +128,7 @@ class Manager:
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         abstract, sharding.of_state(abstract, mesh))
     restack = jax.jit(
-        functools.partial(_restack, stacked=wants), donate_argnums=0,
+        functools.partial(_restack, stacked=wants),
         out_shardings=jax.tree.map(lambda x: x.sharding, wanted))
     return restack(read(abstract))
 
