@@ -118,6 +118,7 @@ def test_arrays_lie_as_the_rules_say():
   # Stacked: never over the blocks.
   assert spec('encoder/blocks/mlp/fc2/kernel', 48, 192, 64) == P(
       None, 'tensor', 'fsdp')
+  assert spec('encoder/blocks/norm_mlp/scale', 96, 64) == P()
   assert spec(f'{block}/norm_mlp/scale', 64) == P()
   assert spec('stem/conv_1/kernel', 3, 3, 16, 32) == P(None, None, None, 'fsdp')
   assert spec('head/kernel', 65, 101) == P()  # not even

@@ -109,8 +109,13 @@ def count(fn: Callable, *args) -> tuple[Row, ...]:
     ValueError: a while loop with matmuls in it, whose number of trips is not
       known before it runs.
   """
+  return of_jaxpr(jax.make_jaxpr(fn)(*args))
+
+
+def of_jaxpr(jaxpr) -> tuple[Row, ...]:
+  """`count` of what has been traced: of a ClosedJaxpr."""
   rows = {}
-  for path, macs, activations in _costs(jax.make_jaxpr(fn)(*args).jaxpr, ''):
+  for path, macs, activations in _costs(jaxpr.jaxpr, ''):
     old = rows.get(path, Row(path, 0, 0, 0, 0))
     macs += old.macs
     rows[path] = Row(path, 0, macs, macs, old.activations + activations)

@@ -52,22 +52,7 @@ def create_mesh(config, devices=None):
       would reach over processes.
   """
   devices = jax.devices() if devices is None else list(devices)
-  sizes = [config.get(axis, 1) for axis in AXES]
-  for axis, size in zip(AXES, sizes, strict=True):
-    if size < 1 and size != -1:
-      raise ValueError(f'mesh.{axis}={size} is no number of devices.\n'
-                       'Give 1 or more, or -1: all that are left.')
-  known = 1
-  for size in sizes:
-    known *= size if size > 0 else 1
-  free = sizes.count(-1)
-  if free == 1 and len(devices) % known == 0:
-    sizes[sizes.index(-1)] = len(devices) // known
-  elif free or known != len(devices):
-    asked = ', '.join(f'{a}={s}' for a, s in zip(AXES, sizes, strict=True))
-    raise ValueError(
-        f'The mesh ({asked}) does not fit {len(devices)} device(s).\n'
-        'Its axes have to multiply to the number of devices; -1 fills one in.')
+  sizes = tuple(mesh_sizes(config, len(devices)).values())
   local = sum(d.process_index == devices[0].process_index for d in devices)
   if local % sizes[-1]:
     raise ValueError(
@@ -77,8 +62,34 @@ def create_mesh(config, devices=None):
   # Auto: the compiler places what we leave open. Explicit, today's default,
   # rejects linen's concatenation of the class token.
   return jax.make_mesh(
-      tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES),
+      sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES),
       devices=devices)
+
+
+def mesh_sizes(config, devices):
+  """Returns {axis: size} of the mesh of a config section; see `create_mesh`.
+
+  Args:
+    config: see there.
+    devices: how many.
+  """
+  sizes = [config.get(axis, 1) for axis in AXES]
+  for axis, size in zip(AXES, sizes, strict=True):
+    if size < 1 and size != -1:
+      raise ValueError(f'mesh.{axis}={size} is no number of devices.\n'
+                       'Give 1 or more, or -1: all that are left.')
+  known = 1
+  for size in sizes:
+    known *= size if size > 0 else 1
+  free = sizes.count(-1)
+  if free == 1 and devices % known == 0:
+    sizes[sizes.index(-1)] = devices // known
+  elif free or known != devices:
+    asked = ', '.join(f'{a}={s}' for a, s in zip(AXES, sizes, strict=True))
+    raise ValueError(
+        f'The mesh ({asked}) does not fit {devices} device(s).\n'
+        'Its axes have to multiply to the number of devices; -1 fills one in.')
+  return dict(zip(AXES, sizes, strict=True))
 
 
 def replicated(mesh):
@@ -137,7 +148,14 @@ def abstract_batch(image_shape, batch_size, mesh):
 
 
 def of_state(abstract_state, mesh):
-  """Returns a tree of shardings like `abstract_state`.
+  """Returns a tree of shardings like `abstract_state`."""
+  return jax.tree.map(
+      lambda spec: NamedSharding(mesh, spec),
+      specs_of_state(abstract_state, mesh), is_leaf=lambda x: isinstance(x, P))
+
+
+def specs_of_state(abstract_state, mesh):
+  """Returns a tree of PartitionSpecs like `abstract_state`; see `spec`.
 
   Averages and the optimizer's moments lie where their parameters do: their
   paths end alike.
@@ -145,7 +163,7 @@ def of_state(abstract_state, mesh):
   def place(keys, leaf):
     path = '/'.join(
         key.key for key in keys if isinstance(key, jax.tree_util.DictKey))
-    return NamedSharding(mesh, spec(path, leaf.shape, mesh))
+    return spec(path, leaf.shape, mesh)
   return jax.tree_util.tree_map_with_path(place, abstract_state)
 
 
@@ -178,7 +196,7 @@ def spec(path, shape, mesh):
   first = 1 if re.search('(^|/)blocks/', path) else 0
   free = [i for i in range(first, len(shape))
           if axes[i] is None and shape[i] % fsdp == 0]
-  if fsdp > 1 and free and math.prod(shape) >= MIN_DIVIDED:
+  if fsdp > 1 and free and math.prod(shape[first:]) >= MIN_DIVIDED:
     axes[max(free, key=lambda i: (shape[i], i))] = 'fsdp'
   return P(*axes) if any(axes) else P()
 

@@ -2,18 +2,33 @@
 
   vit-jax plan --config configs/vit_c_i1k.py:stem=conv,size=4GF
 
+  vit-jax plan --config ... --topology v5e:16x16
+  vit-jax plan --config ... --devices 64 --device_kind h100
+
 Prints the resolved config, a table of modules, parameters, multiply-adds and
 activations of one image, tokens, steps and epochs. Data that is not here is
 taken at its word: input.num_train and input.num_classes. Trains nothing.
 
+With --topology the training step is compiled for these TPUs by their compiler,
+which needs none (pip install -e '.[plan]'), and the memory is what it says;
+with --devices it is an estimate. Both say what devices exchange, the least time
+that a step and the run take at the figures of the data sheet, and what to
+change where it does not fit.
+
 Flags:
   --config FILE[:arg=value,...]  and  --config.a.b=value
-  --depth N    levels of modules in the table (2)
+  --depth N            levels of modules in the table (2)
+  --topology NAME      v4, v5e, v5p or v6e and the shape of the slice
+  --devices N          how many, and of which kind
+  --device_kind NAME   a100, h100, h200 (within a node), v5p, ... or cpu
 """
 import collections
+import time
 
 from absl import flags
 
+from vit_jax import chips
+from vit_jax import collectives
 from vit_jax import complexity
 from vit_jax import config as config_lib
 from vit_jax import durations
@@ -24,11 +39,155 @@ from vit_jax.models import vit
 
 def main(argv):
   """Runs the command; returns its exit code."""
-  define = lambda values: flags.DEFINE_integer(
-      'depth', 2, 'Levels of modules in the table.', flag_values=values)
+  def define(values):
+    flags.DEFINE_integer(
+        'depth', 2, 'Levels of modules in the table.', flag_values=values)
+    flags.DEFINE_string(
+        'topology', '', 'TPUs to compile for.', flag_values=values)
+    flags.DEFINE_integer(
+        'devices', 0, 'How many devices to estimate for.', flag_values=values)
+    flags.DEFINE_string(
+        'device_kind', '', 'Which they are.', flag_values=values)
   args = config_lib.parse_flags(['vit-jax plan', *argv], define)
+  if args.topology and args.devices:
+    raise ValueError('--topology and --devices are both given.\n'
+                     'Keep one: a topology says how many devices it has.')
+  if bool(args.devices) != bool(args.device_kind):
+    raise ValueError('--devices and --device_kind go together.\n'
+                     'Give both, such as --devices 8 --device_kind h100.')
+  if args.devices < 0:
+    raise ValueError(f'--devices={args.devices} is no number of devices.\n'
+                     'Give 1 or more.')
+  if args.device_kind not in ('', 'cpu'):
+    chips.named(args.device_kind)
   print(plan(args.config, args.depth))
+  if args.topology:
+    print('\n' + compiled(args.config, args.topology))
+  if args.devices:
+    print('\n' + estimated(args.config, args.devices, args.device_kind))
   return 0
+
+
+def compiled(config, topology):
+  """Returns text on a step that the TPU compiler has compiled.
+
+  Args:
+    config: ConfigDict with the keys of `recipes.base`.
+    topology: see `tpu_topology.devices`.
+
+  Raises:
+    ValueError: bad config or topology, or no compiler.
+  """
+  import jax
+
+  from vit_jax import estimate
+  from vit_jax import program
+  from vit_jax import sharding
+  from vit_jax import tpu_topology
+  devices = tpu_topology.devices(topology)
+  kind = topology.partition(':')[0]
+  num_train, num_classes, image_shape, _ = _data(config)
+  args = (num_train, num_classes, image_shape)
+  mesh = sharding.create_mesh(config.mesh, devices)
+  needs = estimate.of(config, *args, 'tpu', len(devices))
+  begin = time.perf_counter()
+  note = ''
+  memory, moved, exchanged = needs.memory, 0, needs.exchanged
+  try:
+    step = program.create(config, *args, mesh).compile_step()
+  except jax.errors.JaxRuntimeError as e:
+    if 'RESOURCE_EXHAUSTED' not in str(e) and 'memory' not in str(e):
+      raise
+    cause = str(e).strip().splitlines()[0]
+    note = f'the compiler gives up: {cause[:200]}'
+  else:
+    stats = step.memory_analysis()
+    memory = getattr(stats, 'peak_memory_in_bytes', 0) or (
+        stats.argument_size_in_bytes + stats.temp_size_in_bytes)
+    exchanged = collectives.of_program(step.as_text())
+    if not config.model.get('scan', False):  # it counts a loop's body once
+      moved = step.cost_analysis()['bytes accessed']
+    note = (f'compiled in {time.perf_counter() - begin:.0f} s; '
+            f'the estimate without it: {needs.memory / 1e9:.2f} GB')
+  return _devices_text(
+      config, f'{topology}: {len(devices)} devices, as their compiler says',
+      note, memory, needs, moved, exchanged, chips.named(kind), len(devices),
+      args, 'tpu')
+
+
+def estimated(config, devices, kind):
+  """Returns text on a step as `estimate` has it.
+
+  Args:
+    config: ConfigDict with the keys of `recipes.base`.
+    devices: how many.
+    kind: a key of `chips.CHIPS`, or 'cpu'.
+  """
+  from vit_jax import estimate
+  num_train, num_classes, image_shape, _ = _data(config)
+  args = (num_train, num_classes, image_shape)
+  chip = None if kind == 'cpu' else chips.named(kind)
+  platform = chip.platform if chip else 'cpu'
+  needs = estimate.of(config, *args, platform, devices)
+  return _devices_text(
+      config, f'{devices} x {kind}, an estimate', '', needs.memory, needs, 0,
+      needs.exchanged, chip, devices, args, platform)
+
+
+def _devices_text(config, title, note, memory, needs, moved, exchanged, chip,
+                  devices, args, platform):
+  """The section on devices; `chip`: None where nothing is known of it."""
+  from vit_jax import estimate
+  from vit_jax import sharding
+  gb = lambda n: f'{n / 1e9:.2f} GB'
+  sizes = sharding.mesh_sizes(config.mesh, devices)
+  shards = sizes['data'] * sizes['fsdp']
+  units = durations.Units.of(
+      args[0], config.global_batch_size, config.input.epoch)
+  steps = durations.to_steps(config, 'total', units)
+  mesh = ' x '.join(f'{axis} {n}' for axis, n in sizes.items())
+  lines = [
+      f'# Devices ({title})', *([f'note          {note}'] if note else []),
+      f'mesh          {mesh}; '
+      f'{config.global_batch_size // shards} examples a device and step',
+      f'memory        {gb(memory)}' + (f' of {gb(chip.memory)}' if chip else '')
+      + f' (parameters {gb(needs.params)}, optimizer {gb(needs.optimizer)}, '
+      f'averages and batch {gb(needs.rest)})']
+  text = ', '.join(f'{kind} {count:,} x, {gb(size)}'
+                   for kind, (count, size) in exchanged.items()) or 'nothing'
+  if not chip:
+    lines += [f'operations    {needs.flops / 1e12:.3g} TFLOP a step',
+              f'exchanged     {text} a step']
+    return '\n'.join(lines)
+  times = {'operations': needs.flops / chip.flops,
+           'memory': moved / chip.bandwidth,
+           'exchanged': collectives.seconds(exchanged, devices, chip.network)}
+  lines.append(
+      f'operations    {needs.flops / 1e12:.3g} TFLOP a step: '
+      f"{1e3 * times['operations']:.3g} ms at {chip.flops / 1e12:.0f} TFLOP/s")
+  if moved:
+    lines.append(
+        f'moved         {gb(moved)} a step to and from memory: '
+        f"{1e3 * times['memory']:.3g} ms at {chip.bandwidth / 1e9:,.0f} GB/s")
+  lines.append(
+      f"exchanged     {text} a step: {1e3 * times['exchanged']:.3g} ms at "
+      f'{chip.network / 1e9:.0f} GB/s'
+      + (' (NVLink; nodes are slower)' if chip.platform == 'gpu' else ''))
+  slowest = max(times, key=times.get)
+
+  def hours(seconds):
+    run = seconds * steps / 3600
+    return f'{run:.3g} h, {run * devices:,.0f} chip-hours'
+
+  lines += [
+      f'step          {1e3 * times[slowest]:.3g} ms or more ({slowest})',
+      f'run           {steps:,} steps: {hours(times[slowest])} or more; '
+      f"{hours(2 * times['operations'])} at half of the chip's FLOP/s"]
+  if memory > 0.95 * chip.memory:
+    lines.append('does not fit; estimates for changes:')
+    lines += [f'  {gb(size):>10}  {change}' for change, size in
+              estimate.remedies(config, *args, platform, devices)]
+  return '\n'.join(lines)
 
 
 def plan(config, depth=2):
