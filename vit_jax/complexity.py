@@ -130,7 +130,7 @@ def _costs(jaxpr, prefix: str) -> Iterator[tuple[str, int, int]]:
     path = _join(prefix, str(eqn.source_info.name_stack))
     if primitive in ('dot_general', 'conv_general_dilated'):
       size = eqn.outvars[0].aval.size
-      yield path, size * _macs_per_output(eqn), size
+      yield path, round(size * _macs_per_output(eqn)), size
       continue
     inner = [
         list(_costs(j, path))
@@ -148,7 +148,7 @@ def _costs(jaxpr, prefix: str) -> Iterator[tuple[str, int, int]]:
         yield inner_path, trips * macs, trips * activations
 
 
-def _macs_per_output(eqn) -> int:
+def _macs_per_output(eqn) -> float:
   """Multiply-adds for one element of a convolution's or matmul's output."""
   dimensions = eqn.params['dimension_numbers']
   lhs, rhs = (v.aval.shape for v in eqn.invars)
@@ -157,7 +157,9 @@ def _macs_per_output(eqn) -> int:
     return math.prod(lhs[i] for i in contracting)
   # The first entry of rhs_spec is the output's channels, the others are the
   # kernel's input channels (per group) and its extent.
-  return math.prod(rhs[i] for i in dimensions.rhs_spec[1:])
+  macs = math.prod(rhs[i] for i in dimensions.rhs_spec[1:])
+  # The gradient of a strided one has zeros between the rows: not multiplied.
+  return macs / math.prod(eqn.params['lhs_dilation'])
 
 
 def _jaxprs(value) -> Iterator:

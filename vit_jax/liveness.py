@@ -15,13 +15,15 @@ _FUSED = frozenset((
     'abs', 'add', 'add_any', 'and', 'bitcast_convert_type',
     'broadcast_in_dim', 'cbrt', 'ceil', 'clamp', 'convert_element_type',
     'copy', 'cos', 'div', 'eq', 'erf', 'erf_inv', 'exp', 'exp2',
-    'expand_dims', 'expm1', 'floor', 'ge', 'gt', 'integer_pow', 'iota',
+    'expm1', 'floor', 'ge', 'gt', 'integer_pow', 'iota',
     'is_finite', 'le', 'log', 'log1p', 'logistic', 'lt', 'max', 'min', 'mul',
-    'ne', 'neg', 'not', 'or', 'pad', 'pow', 'real', 'rem', 'reshape', 'rev',
+    'ne', 'neg', 'not', 'or', 'pad', 'pow', 'real', 'rem', 'rev',
     'round', 'rsqrt', 'select_n', 'shift_left', 'shift_right_arithmetic',
     'shift_right_logical', 'sign', 'sin', 'slice', 'sqrt', 'square',
-    'squeeze', 'stop_gradient', 'sub', 'tan', 'tanh', 'transpose', 'xor',
+    'stop_gradient', 'sub', 'tan', 'tanh', 'xor',
     'sharding_constraint', 'optimization_barrier', 'pvary', 'reduce_precision'))
+# Whose result is its argument, seen otherwise.
+_VIEWS = frozenset(('reshape', 'transpose', 'squeeze', 'expand_dims'))
 _MATMULS = frozenset(('dot_general', 'conv_general_dilated'))
 
 
@@ -137,6 +139,8 @@ class _Walk:
       variables = (*inner.constvars, *inner.invars)
       given = [_NOTHING] * len(inner.constvars) + inputs
       return self.run(inner, dict(zip(variables, given, strict=True)), path)
+    if name in _VIEWS:
+      return inputs[:1]
     if name in _FUSED:
       return [_Value(self._size(v.aval, path), tuple(
           dict.fromkeys(inputs)), stored=False) for v in eqn.outvars]
