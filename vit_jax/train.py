@@ -13,7 +13,8 @@ Flags:
   --traceback                    show where an error came from
 
 Several processes, which share the workdir and are started with the same command
-(TPU VMs of several hosts need none of these flags):
+(TPU VMs of several hosts and tasks of srun need none of these flags, the pods
+of a Kubernetes indexed Job --num_processes only):
   --coordinator HOST:PORT        the host of process 0, a free port on it
   --num_processes N
   --process_id I                 0 to N - 1
@@ -44,6 +45,7 @@ import jax
 import input_pipeline
 import vit_jax
 from vit_jax import checkpoint
+from vit_jax import cluster
 from vit_jax import config as config_lib
 from vit_jax import devices
 from vit_jax import distributed
@@ -233,10 +235,13 @@ def exit_code(error):
 
 
 def start_processes(workdir, args):
-  """Connects this process to the others that the flags speak of, if any."""
-  flags_ = (args.coordinator, args.num_processes, args.process_id,
-            args.peer_timeout_seconds)
+  """Connects this process to the others, if `cluster.find` knows any."""
+  *flags_, source = cluster.find(
+      args.coordinator, args.num_processes, args.process_id)
+  flags_.append(args.peer_timeout_seconds)
   distributed.check_flags(*flags_)
+  if source:
+    print(source, flush=True)
   workdir_lib.make(workdir)
   return distributed.start(workdir, *flags_)
 
