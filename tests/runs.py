@@ -97,7 +97,13 @@ def launch(workdir, *flags, cache, args='', timeout=180):
       text=True, timeout=timeout, env=environment(), check=False)
 
 
-def start_pair(workdir, *flags, cache, args='', ids=(0, 1), timeout=60):
+def start_pair(workdir, *flags, ids=(0, 1), **options):
+  """`start_processes`, two of them, or one of two."""
+  return start_processes(workdir, *flags, ids=ids, count=2, **options)
+
+
+def start_processes(workdir, *flags, cache, count, args='', ids=None,
+                    timeout=60):
   """Starts processes of two devices that form one run; returns them.
 
   Their output is in <workdir>.<id>.log.
@@ -108,11 +114,11 @@ def start_pair(workdir, *flags, cache, args='', ids=(0, 1), timeout=60):
                     '--xla_backend_optimization_level=0')
   port = free_port()
   started = []
-  for i in ids:
+  for i in ids or range(count):
     with open(f'{workdir}.{i}.log', 'w') as log:
       started.append(subprocess.Popen(
           [*command(workdir, *flags, cache=cache, args=args),
-           f'--coordinator=localhost:{port}', '--num_processes=2',
+           f'--coordinator=localhost:{port}', f'--num_processes={count}',
            f'--process_id={i}', f'--peer_timeout_seconds={timeout}'],
           env=env, stdout=log, stderr=subprocess.STDOUT))
   return started

@@ -22,6 +22,7 @@ from tests import runs
 from vit_jax import distributed
 from vit_jax import errors
 from vit_jax import metric_writer
+from vit_jax import model_file
 from vit_jax import sharding
 from vit_jax import train
 from vit_jax import workdir as workdir_lib
@@ -89,11 +90,13 @@ def test_two_processes_are_one(alone, cache, tmp_path):
 
 
 def test_another_number_of_processes_resumes(alone, cache, tmp_path):
-  """One process, then two, stopped before their first step, then one."""
+  """One process, then two that share parameters, stopped before their first
+  step, then one."""
   mixed = tmp_path / 'run'
   shutil.copytree(alone, mixed)
   shutil.rmtree(mixed / 'checkpoints' / '6')
-  started = runs.start_pair(mixed, *FLAGS, cache=cache)
+  started = runs.start_pair(
+      mixed, *FLAGS, '--config.mesh.fsdp=2', cache=cache)
   runs.wait_until(lambda: 'process 1 of 2' in runs.log(mixed, 1))
   started[1].send_signal(signal.SIGTERM)
   assert [p.wait(300) for p in started] == [train.STOPPED] * 2, runs.log(
@@ -102,6 +105,20 @@ def test_another_number_of_processes_resumes(alone, cache, tmp_path):
     assert 'step 4 is saved' in runs.log(mixed, i)
   run_alone(mixed, cache)
   agree(mixed, alone)
+
+
+@pytest.mark.slow
+def test_four_processes_share_parameters_and_heads(alone, cache, tmp_path):
+  four = tmp_path / 'run'
+  started = runs.start_processes(
+      four, *FLAGS, '--config.mesh.fsdp=4', '--config.mesh.tensor=2',
+      cache=cache, count=4, timeout=120)
+  assert [p.wait(600) for p in started] == [0] * 4, runs.log(four, 3)
+  agree(four, alone)
+  ours, theirs = (model_file.load(str(w)) for w in (four, alone))
+  for a, b in zip(jax.tree.leaves(ours.variables),
+                  jax.tree.leaves(theirs.variables), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5)
 
 
 @pytest.mark.slow

@@ -13,6 +13,8 @@ import pytest
 from tests import runs
 from vit_jax import __main__ as command_line
 from vit_jax import config as config_lib
+from vit_jax import models
+from vit_jax import train_state
 from vit_jax.studies import analysis
 from vit_jax.studies import ledger
 from vit_jax.studies import plan
@@ -116,6 +118,7 @@ def test_every_study_builds_at_every_scale(path, scale, tmp_path):
           for t in found}
   for arm, config in arms.items():
     assert config.model.stem == arm.split()[0]
+    models.create(num_classes=10, **train_state.model_fields(config.model, ()))
     assert 'validation' in config.evaluators and config.input.validation
     if study.points.kind == 'best':
       assert config.optimizer.lr == pytest.approx(.02)

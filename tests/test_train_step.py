@@ -47,7 +47,8 @@ def build(stem, num_devices=1, frozen=(), optimizer_name='adamw', average=True):
   loss_fn = train_step.make_classification_loss(
       model, 10, dict(name='softmax_xent', label_smoothing=0.1))
   step = train_step.make(
-      loss_fn, augment.none(NORMALIZE), make_tx, schedules.create(
+      jax.value_and_grad(loss_fn, has_aux=True), augment.none(NORMALIZE),
+      make_tx, schedules.create(
           recipes.cosine(1.0, warmup_start=0.5), UNITS, STEPS),
       alpha if average else None)
   shardings = jax.tree.map(lambda x: x.sharding, abstract)

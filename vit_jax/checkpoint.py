@@ -7,6 +7,7 @@ Where a run's state comes from, first match wins:
   4. the initialisation.
 """
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -14,11 +15,13 @@ import shutil
 
 from etils import epath
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
 from vit_jax import param_paths
 from vit_jax import pretrained
+from vit_jax import sharding
 from vit_jax.metric_writer import is_remote
 from vit_jax.metric_writer import say
 from vit_jax.pretrained import posembed
@@ -97,8 +100,7 @@ class Manager:
     steps = sorted(self._manager.all_steps(), reverse=True)
     for step in steps:
       try:
-        return self._manager.restore(
-            step, args=ocp.args.StandardRestore(abstract_state))
+        return self._restore(step, abstract_state)
       except Exception as e:
         logging.warning(
             'checkpoint %d cannot be read (%s); trying the one before',
@@ -110,6 +112,25 @@ class Manager:
           'They were renamed to *.unreadable: start again in this workdir, or '
           'restore the folder from a backup.')
     return None
+
+  def _restore(self, step, wanted):
+    """Reads a state, and stacks its blocks or not as is wanted (model.scan)."""
+    read = lambda abstract: self._manager.restore(
+        step, args=ocp.args.StandardRestore(abstract))
+    wants = param_paths.are_stacked(param_paths.flatten(wanted.params))
+    saved = _metadata(os.path.join(_absolute(self._folder), str(step)))
+    if wants == param_paths.are_stacked(param_paths.flatten(saved['params'])):
+      return read(wanted)
+    mesh = wanted.step.sharding.mesh
+    abstract = jax.eval_shape(
+        functools.partial(_restack, stacked=not wants), wanted)
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        abstract, sharding.of_state(abstract, mesh))
+    restack = jax.jit(
+        functools.partial(_restack, stacked=wants),
+        out_shardings=jax.tree.map(lambda x: x.sharding, wanted))
+    return restack(read(abstract))
 
   def save(self, state, metrics=None):
     """Starts saving `state`; returns before the files are written.
@@ -195,6 +216,26 @@ class Manager:
     self._manager.reload()
 
 
+def _restack(state, stacked):
+  """A `TrainState`, with the blocks of a model with scan or without."""
+  def of_dict(tree):
+    if not isinstance(tree, dict):
+      return tree
+    flat = param_paths.flatten(tree)
+    return param_paths.unflatten(
+        param_paths.stack_blocks(flat, jnp.stack) if stacked else
+        param_paths.unstack_blocks(flat, list))
+  return jax.tree.map(
+      of_dict, state, is_leaf=lambda x: isinstance(x, dict))
+
+
+def _metadata(folder):
+  """The tree that one checkpoint holds, with metadata in place of arrays."""
+  path = os.path.join(folder, 'default')
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    return reader.metadata(path).item_metadata.tree
+
+
 def restore(manager, parent, abstract_state):
   """Returns the state of the run, or of the one it forks from, or None.
 
@@ -266,7 +307,13 @@ def init_from(config, variables, grid=None):
   if not run:
     return {}
   loaded = load_weights(run, weights)
-  param_paths.check(param_paths.flatten(variables['params']), paths + reset)
+  flat = param_paths.flatten(variables['params'])
+  param_paths.check(flat, paths + reset)
+  stacked = param_paths.are_stacked(flat)
+  if stacked != param_paths.are_stacked(loaded['params']):
+    loaded['params'] = (
+        param_paths.stack_blocks(loaded['params'], np.stack) if stacked else
+        param_paths.unstack_blocks(loaded['params'], list))
   given, left = {}, []
   for kind in ('params', 'batch_stats'):
     given[kind] = {}
@@ -336,11 +383,11 @@ def load_weights(run, weights):
   if step is None:
     raise ValueError(f'{run} has no complete checkpoint.\n'
                      'Let it save one first.')
-  path = os.path.join(_absolute(folder), str(step), 'default')
+  folder = os.path.join(_absolute(folder), str(step))
+  saved, path = _metadata(folder), os.path.join(folder, 'default')
   # Read as the nested dicts it was saved as, on the host, whatever mesh wrote
   # them.
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-    saved = reader.metadata(path).item_metadata.tree
     as_numpy = jax.tree.map(
         lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
     tree = reader.restore(

@@ -35,7 +35,5 @@ def check_model(model, image_shape, batch_size):
     if any(cropped):
       say(f'warning: {cropped[0]} rows and {cropped[1]} columns of pixels do '
           f'not fill a patch of {patch} and are cropped')
-  stem = getattr(model, 'stem', None)
-  if stem and (stem.norm, stem.batch_norm) == ('bn', 'train'):
-    batch_norm.check_group(
-        stem.batch_norm_group, 'global_batch_size', batch_size)
+  batch_norm.check_group(
+      batch_norm.group(model) or 0, 'global_batch_size', batch_size)

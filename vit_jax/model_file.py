@@ -33,6 +33,7 @@ from input_pipeline import pipeline
 from vit_jax import metric_writer
 from vit_jax import models
 from vit_jax import param_paths
+from vit_jax import sharding
 from vit_jax import train_state
 from vit_jax import train_step
 from vit_jax import workdir as workdir_lib
@@ -283,12 +284,13 @@ def export(workdir, config, data, state, metrics):
       are exported where it has some.
     metrics: {name: number} of the last evaluation.
   """
+  variables = sharding.gather(
+      state.ema_variables() if state.ema else state.variables())
   if jax.process_index():
     return
-  variables = state.ema_variables() if state.ema else state.variables()
   precise = config['precise_bn']['examples']
   model = of_run(
-      config, jax.device_get(variables), data.class_names, data.eval_shape,
+      config, variables, data.class_names, data.eval_shape,
       step=int(state.step), metrics=metrics,
       weights='ema' if state.ema else 'raw',
       batch_stats=f'estimated on {precise} examples' if precise else 'running',

@@ -24,7 +24,8 @@ def adamw(config):
   number = lambda key, **bounds: ranges.check(
       f'optimizer.{key}', config[key], 0, **bounds)
   adam = optax.scale_by_adam(
-      number('b1', below=1), number('b2', below=1), number('eps', high=1))
+      number('b1', below=1), number('b2', below=1), number('eps', high=1),
+      mu_dtype=_momentum_dtype(config))
   return lambda weight_decay, mask: (
       adam, optax.add_decayed_weights(weight_decay, mask))
 
@@ -33,9 +34,16 @@ def sgd(config):
   """Weight decay in the gradient, then momentum."""
   momentum = optax.trace(
       ranges.check('optimizer.momentum', config['momentum'], 0, below=1),
-      nesterov=bool(config['nesterov']))
+      nesterov=bool(config['nesterov']),
+      accumulator_dtype=_momentum_dtype(config))
   return lambda weight_decay, mask: (
       optax.add_decayed_weights(weight_decay, mask), momentum)
+
+
+def _momentum_dtype(config):
+  choices.check({
+      'optimizer.momentum_dtype': (config['momentum_dtype'], DTYPES)})
+  return config['momentum_dtype']
 
 
 # In front of the first block, and blocks; all else belongs to the head. A BiT's
@@ -44,6 +52,7 @@ _EMBEDDING = re.compile(r'(stem|conv_root)/.*|cls|pos_embedding')
 _BLOCK = re.compile(r'((encoder/)?block_\d+|stage_\d+_unit_\d+)/.*')
 _STACKED = re.compile(r'(encoder/)?blocks/.*')
 
+DTYPES = ('float32', 'bfloat16')
 OPTIMIZERS = {'adamw': adamw, 'sgd': sgd}
 
 
@@ -53,8 +62,9 @@ def create(config, params):
   Args:
     config: `name`; `decay` (regexes of the paths that weight decay applies
       to); `clip_norm` (bound on the gradient's global norm, 0: none);
-      `layer_decay` (see `layer_scales`; 1: none); adamw: `b1`, `b2`, `eps`;
-      sgd: `momentum`, `nesterov`.
+      `layer_decay` (see `layer_scales`; 1: none); `momentum_dtype` (of DTYPES:
+      how the average of gradients is stored); adamw: `b1`, `b2`, `eps`; sgd:
+      `momentum`, `nesterov`.
     params: tree with the trained parameters' paths (shapes will do).
 
   Raises:

@@ -3,6 +3,7 @@
 A pattern has to match the whole path, and one that matches nothing is an
 error: a pattern that silently selects nothing is the likeliest of mistakes.
 """
+import collections
 import re
 
 from flax import traverse_util
@@ -50,6 +51,45 @@ def merge(a, b):
 def mask(tree, patterns):
   """A tree of bools: which leaves match one of the patterns."""
   return unflatten({k: matches(k, patterns) for k in flatten(tree)})
+
+
+def stack_blocks(flat, stack):
+  """Parameters of blocks, as a model without scan has them -> as with scan.
+
+  Args:
+    flat: {path: anything}, with 'encoder/block_00/...' and so on.
+    stack: from the list of what the blocks have to the one of 'blocks/...'.
+
+  Returns:
+    {path: anything}.
+  """
+  new, blocks = {}, collections.defaultdict(list)
+  for path in sorted(flat):
+    if match := re.fullmatch(r'(.*/)?block_\d+/(.*)', path):
+      blocks[f'{match[1] or ""}blocks/{match[2]}'].append(flat[path])
+    else:
+      new[path] = flat[path]
+  return new | {path: stack(leaves) for path, leaves in blocks.items()}
+
+
+def unstack_blocks(flat, unstack):
+  """Undoes `stack_blocks`; `unstack` gives a list of what the blocks have."""
+  new = {}
+  for path, leaf in flat.items():
+    if match := re.fullmatch(r'(.*/)?blocks/(.*)', path):
+      for i, one in enumerate(unstack(leaf)):
+        new[f'{match[1] or ""}block_{i:02d}/{match[2]}'] = one
+    else:
+      new[path] = leaf
+  return new
+
+
+def are_stacked(paths):
+  """Whether paths are those of a model with scan; None: it has no blocks."""
+  for path in paths:
+    if match := re.search(r'(^|/)block(s|_\d+)/', path):
+      return match[2] == 's'
+  return None
 
 
 def check(paths, patterns):

@@ -43,7 +43,8 @@ DRIVERS = ('vmap', 'map')
 KEYS = ('lr', 'weight_decay', 'seed')
 # Keys that would change what is computed or recorded, and the only values of
 # them that a population obeys.
-ONLY = {'precise_bn.examples': 0, 'init_from.run': '',
+ONLY = {'mesh.fsdp': 1, 'mesh.tensor': 1, 'accumulation_steps': 1,
+        'precise_bn.examples': 0, 'init_from.run': '',
         'init_from.checkpoint': '', 'augment_on': 'device', 'wandb.project': ''}
 # Keys without effect on a population: it loads and saves no weights.
 UNUSED = ('checkpoint.keep_last', 'checkpoint.keep_best', 'init_from.weights',

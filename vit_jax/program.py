@@ -11,6 +11,7 @@ from flax import linen as nn
 import jax
 import numpy as np
 
+from vit_jax import accumulation
 from vit_jax import augment as augment_lib
 from vit_jax import checks
 from vit_jax import distributed
@@ -23,6 +24,7 @@ from vit_jax import schedules
 from vit_jax import sharding
 from vit_jax import train_state
 from vit_jax import train_step
+from vit_jax.models import batch_norm
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,7 +42,7 @@ class Program:
     trained: the shapes of the parameters that are trained.
     normalize: see `train_step.normalizer`.
     augment: see `augment.create`.
-    loss_fn: see `train_step.make_classification_loss`.
+    grad_fn: see `accumulation.grad`.
     make_tx: see `optimizer.create`.
     schedule: see `schedules.create`.
     ema_alpha: see `ema.create`; None: no averages.
@@ -57,7 +59,7 @@ class Program:
   trained: Any
   normalize: Callable
   augment: augment_lib.Augment
-  loss_fn: Callable
+  grad_fn: Callable
   make_tx: Callable
   schedule: Callable
   ema_alpha: Callable | None
@@ -68,7 +70,7 @@ class Program:
   @property
   def step(self):
     """The pure training step; see `train_step.make`."""
-    return train_step.make(self.loss_fn, self.augment, self.make_tx,
+    return train_step.make(self.grad_fn, self.augment, self.make_tx,
                            self.schedule, self.ema_alpha)
 
   @property
@@ -124,14 +126,17 @@ def create(config, num_train, num_classes, image_shape, mesh, platform=''):
   model = models.create(num_classes=num_classes, **train_state.model_fields(
       config.model, frozen, platform))
   checks.check_model(model, image_shape, batch_size)
+  accumulation_steps, group = config.accumulation_steps, batch_norm.group(model)
+  accumulation.check(accumulation_steps, batch_size, group, mesh)
   variables = train_state.abstract_variables(model, image_shape, mesh)
   trained, _ = param_paths.split(variables['params'], frozen)
   normalize = train_step.normalizer(
       config.input.mean, config.input.std, image_shape[-1])
   augment = augment_lib.create(
       config, image_shape, num_classes, normalize, mesh)
-  loss_fn = train_step.make_classification_loss(
-      model, num_classes, config.loss)
+  grad_fn = accumulation.grad(
+      train_step.make_classification_loss(model, num_classes, config.loss),
+      accumulation_steps, group or 0, mesh)
   make_tx = optimizer.create(config.optimizer, trained)
   schedule = schedules.create(config.schedule, units, total_steps)
   ema_alpha = ema.create(
@@ -143,6 +148,6 @@ def create(config, num_train, num_classes, image_shape, mesh, platform=''):
   return Program(
       mesh=mesh, image_shape=image_shape, batch_size=batch_size, units=units,
       total_steps=total_steps, model=model, variables=variables,
-      trained=trained, normalize=normalize, augment=augment, loss_fn=loss_fn,
+      trained=trained, normalize=normalize, augment=augment, grad_fn=grad_fn,
       make_tx=make_tx, schedule=schedule, ema_alpha=ema_alpha, hypers=hypers,
       init_fn=init_fn, abstract_state=abstract_state)

@@ -224,7 +224,10 @@ def base():
       paths=('.*',),    # regexes of the parameters taken
       reset=())         # regexes of those left at their initialisation
   # --- how it is done
-  c.mesh = dict(data=-1)
+  # Devices: replicas, those that share what a replica holds, those that share
+  # heads and MLPs; -1: all others. See vit_jax/sharding.py.
+  c.mesh = dict(data=-1, fsdp=1, tensor=1)
+  c.accumulation_steps = 1  # micro-batches a step
   c.prefetch = 2      # batches ahead on the device
   c.augment_driver = 'auto'  # loop (for CPUs) | batched: the same bits
   c.augment_on = 'device'    # host: what is on uint8, before the transfer
@@ -255,14 +258,16 @@ def adamw(lr, weight_decay, decay=DECAY_PAPER):
   """AdamW as in the paper: betas 0.9 / 0.999, no clipping."""
   return ConfigDict(dict(
       name='adamw', lr=lr, weight_decay=weight_decay, b1=0.9, b2=0.999,
-      eps=1e-8, clip_norm=0.0, decay=decay, layer_decay=1.0))
+      eps=1e-8, clip_norm=0.0, decay=decay, layer_decay=1.0,
+      momentum_dtype='float32'))
 
 
 def sgd(lr, weight_decay, decay=DECAY_PAPER):
   """SGD as in the paper: Nesterov momentum 0.9, coupled weight decay."""
   return ConfigDict(dict(
       name='sgd', lr=lr, weight_decay=weight_decay, momentum=0.9,
-      nesterov=True, clip_norm=0.0, decay=decay, layer_decay=1.0))
+      nesterov=True, clip_norm=0.0, decay=decay, layer_decay=1.0,
+      momentum_dtype='float32'))  # bfloat16 halves it
 
 
 def cosine(warmup_epochs, **changes):

@@ -1,11 +1,17 @@
 """The mesh, and where every array lies on it. The only place that makes one.
 
-Sharding is data: regexes of parameter paths -> PartitionSpec, and logical
-names of activation axes -> mesh axes. Models know neither.
+Axes of the mesh:
+  data    replicas: each holds all parameters, and sees a part of the batch
+  fsdp    as data, but for parameters, averages and the optimizer's state, which
+          are divided over it and gathered where they are used (ZeRO-3)
+  tensor  heads and MLPs are divided over it; all of it sees the same examples
+Sharding is data: regexes of parameter paths -> the dimension that is divided,
+and logical names of activation axes -> mesh axes. Models know neither.
 """
 import contextlib
 import functools
 import math
+import re
 
 from flax import linen as nn
 import jax
@@ -14,26 +20,39 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
-# Axis of the mesh that the batch is divided over.
-DATA = 'data'
-AXES = (DATA,)
+AXES = ('data', 'fsdp', 'tensor')
+# Axes that the batch is divided over.
+BATCH = ('data', 'fsdp')
 MAX_BATCH = 2**24  # more is a slip
 # What the logical axes in `models` (see models/vit.py) are divided over.
-ACTIVATION_RULES = (('batch', DATA), ('tokens', None), ('embed', None))
+ACTIVATION_RULES = (('batch', BATCH), ('tokens', None), ('embed', None))
+# Path of a parameter -> its dimension that `tensor` divides, counted from the
+# back, where a scan adds none: heads, and the hidden layer of MLPs. What comes
+# after them is a sum over the axis (Megatron-LM, arXiv 1909.08053).
+TENSOR_RULES = (
+    (r'(query|key|value)/(kernel|bias)', -2),  # [D, K, h], [K, h]
+    (r'attention/out/kernel', -3),             # [K, h, D]
+    (r'fc1/(kernel|bias)', -1),                # [D, M], [M]
+    (r'fc2/kernel', -2),                       # [M, D]
+)
+# Smaller arrays are not worth a gather of their own: norms and biases.
+MIN_DIVIDED = 2**12
 
 
 def create_mesh(config, devices=None):
   """Returns the mesh that a config section such as {'data': -1} asks for.
 
   Args:
-    config: sizes by axis; one of them may be -1: all remaining devices.
+    config: sizes by axis, 1 where there is none; one of them may be -1: all
+      remaining devices.
     devices: defaults to all devices of all processes.
 
   Raises:
-    ValueError: the sizes do not multiply to the number of devices.
+    ValueError: the sizes do not multiply to the number of devices, or `tensor`
+      would reach over processes.
   """
   devices = jax.devices() if devices is None else list(devices)
-  sizes = [config[axis] for axis in AXES]
+  sizes = [config.get(axis, 1) for axis in AXES]
   for axis, size in zip(AXES, sizes, strict=True):
     if size < 1 and size != -1:
       raise ValueError(f'mesh.{axis}={size} is no number of devices.\n'
@@ -49,6 +68,12 @@ def create_mesh(config, devices=None):
     raise ValueError(
         f'The mesh ({asked}) does not fit {len(devices)} device(s).\n'
         'Its axes have to multiply to the number of devices; -1 fills one in.')
+  local = sum(d.process_index == devices[0].process_index for d in devices)
+  if local % sizes[-1]:
+    raise ValueError(
+        f'mesh.tensor={sizes[-1]} does not divide the {local} devices of a '
+        'process, which reads the examples of its devices.\nDivide further by '
+        'mesh.fsdp.')
   # Auto: the compiler places what we leave open. Explicit, today's default,
   # rejects linen's concatenation of the class token.
   return jax.make_mesh(
@@ -62,8 +87,13 @@ def replicated(mesh):
 
 
 def batch(mesh):
-  """The sharding of batches: the leading axis over the data axis."""
-  return NamedSharding(mesh, P(DATA))
+  """The sharding of batches: their leading axis over the axes BATCH."""
+  return NamedSharding(mesh, P(BATCH))
+
+
+def batch_shards(mesh):
+  """How many parts a batch is divided into."""
+  return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
 def put(value, sharding):
@@ -87,6 +117,18 @@ def put_tree(tree, sharding):
   return jax.tree.map(lambda leaf: put(leaf, sharding), tree)
 
 
+def gather(tree):
+  """A tree of global arrays, on the host, whole, in every process."""
+  def whole(leaf):
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or (
+        leaf.is_fully_replicated):
+      return leaf
+    # One at a time: a device holds one array whole, not all.
+    return jax.jit(lambda x: x, out_shardings=replicated(leaf.sharding.mesh))(
+        leaf)
+  return jax.tree.map(lambda leaf: jax.device_get(whole(leaf)), tree)
+
+
 def abstract_batch(image_shape, batch_size, mesh):
   """Shapes of a training batch: uint8 images [B, H, W, C], int32 labels [B]."""
   leaf = lambda shape, dtype: jax.ShapeDtypeStruct(
@@ -95,8 +137,50 @@ def abstract_batch(image_shape, batch_size, mesh):
 
 
 def of_state(abstract_state, mesh):
-  """A tree of shardings like `abstract_state`: all replicated."""
-  return jax.tree.map(lambda _: replicated(mesh), abstract_state)
+  """Returns a tree of shardings like `abstract_state`.
+
+  Averages and the optimizer's moments lie where their parameters do: their
+  paths end alike.
+  """
+  def place(keys, leaf):
+    path = '/'.join(
+        key.key for key in keys if isinstance(key, jax.tree_util.DictKey))
+    return NamedSharding(mesh, spec(path, leaf.shape, mesh))
+  return jax.tree_util.tree_map_with_path(place, abstract_state)
+
+
+def spec(path, shape, mesh):
+  """Returns the PartitionSpec of one array of the state.
+
+  `tensor` divides what TENSOR_RULES say. `fsdp` divides the longest of the
+  other dimensions that it divides evenly; not the one that a scan runs over,
+  of which each step would gather what a single device holds.
+
+  Args:
+    path: of the parameter, 'encoder/block_00/mlp/fc1/kernel', or one that ends
+      so.
+    shape: of the array.
+    mesh: see `create_mesh`.
+
+  Raises:
+    ValueError: `tensor` does not divide the dimension of its rule.
+  """
+  axes = [None] * len(shape)
+  tensor, fsdp = mesh.shape['tensor'], mesh.shape['fsdp']
+  for pattern, dimension in TENSOR_RULES if tensor > 1 else ():
+    if re.search(f'(^|/){pattern}$', path):
+      if shape[dimension] % tensor:
+        raise ValueError(
+            f'mesh.tensor={tensor} does not divide the {shape[dimension]} '
+            f'{"heads" if dimension < -1 and "fc" not in path else "units"} of '
+            f'{path} {tuple(shape)}.\nTake a divisor of it.')
+      axes[dimension] = 'tensor'
+  first = 1 if re.search('(^|/)blocks/', path) else 0
+  free = [i for i in range(first, len(shape))
+          if axes[i] is None and shape[i] % fsdp == 0]
+  if fsdp > 1 and free and math.prod(shape) >= MIN_DIVIDED:
+    axes[max(free, key=lambda i: (shape[i], i))] = 'fsdp'
+  return P(*axes) if any(axes) else P()
 
 
 @contextlib.contextmanager
@@ -111,7 +195,8 @@ def tracing(mesh):
 
 def check_batch_size(name, size, mesh):
   """Raises ValueError unless a batch divides over devices and processes."""
-  unit = math.lcm(mesh.shape[DATA], jax.process_count())
+  shards = batch_shards(mesh)
+  unit = math.lcm(shards, jax.process_count())
   if size > MAX_BATCH:
     raise ValueError(f'{name}={size} is more than {MAX_BATCH}.\n'
                      'Give the number of examples a step, over all devices.')
@@ -121,5 +206,5 @@ def check_batch_size(name, size, mesh):
   processes = (f' in {jax.process_count()} processes'
                if jax.process_count() > 1 else '')
   raise ValueError(
-      f'{name}={size} does not divide over {mesh.shape[DATA]} devices'
-      f'{processes}.\nThe nearest sizes that do: {below} and {below + unit}.')
+      f'{name}={size} does not divide over {shards} devices{processes}.\n'
+      f'The nearest sizes that do: {below} and {below + unit}.')

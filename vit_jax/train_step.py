@@ -63,11 +63,11 @@ def make_classification_loss(model, num_classes, config):
   return loss_fn
 
 
-def make(loss_fn, augment, make_tx, schedule, ema_alpha):
+def make(grad_fn, augment, make_tx, schedule, ema_alpha):
   """Returns `train_step(state, batch, hypers) -> (state, metrics)`.
 
   Args:
-    loss_fn: see `make_classification_loss`.
+    grad_fn: see `accumulation.grad`.
     augment: see `augment.create`.
     make_tx: see `optimizer.create`.
     schedule: see `schedules.create`.
@@ -81,7 +81,6 @@ def make(loss_fn, augment, make_tx, schedule, ema_alpha):
   def train_step(state, batch, hypers):
     batch = augment(batch, hypers['key'], state.step)
     rngs = {'dropout': jax.random.fold_in(hypers['key'], state.step)}
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     (loss, (new, metrics)), grads = grad_fn(state.params, state, batch, rngs)
 
     lr = hypers['lr'] * schedule(state.step)

@@ -24,19 +24,13 @@ import time
 from absl import flags
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 import numpy as np
 
 from vit_jax import augment as augment_lib
 from vit_jax import devices
-from vit_jax import durations
-from vit_jax import models
-from vit_jax import optimizer
-from vit_jax import param_paths
+from vit_jax import program
 from vit_jax import recipes
-from vit_jax import schedules
 from vit_jax import sharding
-from vit_jax import train_state
 from vit_jax import train_step
 from vit_jax.augment import op_forms
 from vit_jax.augment import op_policy
@@ -148,37 +142,24 @@ def step(line, model_size, batch, size, repeats):
   """
   mesh = sharding.create_mesh({'data': -1})
   sharding.check_batch_size('--step_batch', batch, mesh)
-  model = models.create(**train_state.model_fields(ConfigDict({
-      **recipes.base().model, 'size': model_size, 'batch_norm_group': 0}), ()),
-                     num_classes=_CLASSES)
-  shape = (size, size, 3)
-  variables = train_state.abstract_variables(model, shape, mesh)
-  make_tx = optimizer.create(
-      recipes.adamw(1e-3, 0.24), param_paths.split(variables['params'], ())[0])
-  init_fn, abstract_state = train_state.init(
-      model, shape, make_tx, (), False, mesh)
-  loss_fn = train_step.make_classification_loss(
-      model, _CLASSES, dict(name='softmax_xent', label_smoothing=0.1))
-  schedule = schedules.create(
-      recipes.cosine(0.0), durations.Units.of(100 * batch, batch, 'exact'), 100)
-  hypers = sharding.put_tree(
-      train_step.make_hypers(dict(lr=1e-3, weight_decay=0.24), 0),
-      sharding.replicated(mesh))
+  config = recipes.base()
+  config.model.size, config.global_batch_size = model_size, batch
+  config.schedule = recipes.cosine(0.0)
   data = jax.device_put(
       {'image': _images(batch, size),
        'label': np.arange(batch, dtype=np.int32) % _CLASSES},
       sharding.batch(mesh))
-  shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
   runs = {}
   for text in ('', line):
+    config.augment = text
+    made = program.create(
+        config, 100 * batch, _CLASSES, (size, size, 3), mesh)
+    hypers = sharding.put_tree(made.hypers, sharding.replicated(mesh))
+    state = made.init_fn(hypers['key'])
     with sharding.tracing(mesh):
-      compiled = jax.jit(
-          train_step.make(
-              loss_fn, _augment(text, size, mesh), make_tx, schedule, None),
-          out_shardings=(shardings, sharding.replicated(mesh))).lower(
-              abstract_state, data, hypers).compile()
-    runs[text] = functools.partial(
-        compiled, init_fn(hypers['key']), data, hypers)
+      # Not `compile_step`'s, which takes the memory of its state.
+      compiled = jax.jit(made.step).lower(state, data, hypers).compile()
+    runs[text] = functools.partial(compiled, state, data, hypers)
   times = _shortest(runs, repeats)
   return times[''], times[line]
 

@@ -74,6 +74,17 @@ class GroupedBatchNorm(nn.Module):
     return (y + broadcast(bias)).reshape(x.shape).astype(self.dtype)
 
 
+def group(model: nn.Module) -> int | None:
+  """Examples whose statistics a model's BatchNorms take together in training.
+
+  0: those of the whole batch. None: it has no BatchNorm that learns.
+  """
+  stem = getattr(model, 'stem', None)
+  if stem and (stem.norm, stem.batch_norm) == ('bn', 'train'):
+    return stem.batch_norm_group
+  return None
+
+
 def check_group(group: int, name: str, size: int) -> None:
   """Raises ValueError unless a batch divides into groups.
 
