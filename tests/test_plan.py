@@ -179,7 +179,7 @@ def test_devices_that_are_none(capsys):
 
 
 def test_devices_have_data_sheets():
-  assert chips.of_device('TPU v5 lite') is chips.CHIPS['v5e']
-  assert chips.of_device('NVIDIA H200') is chips.CHIPS['h200']
-  assert chips.of_device('NVIDIA A100-SXM4-80GB') is chips.CHIPS['a100']
-  assert chips.of_device('cpu') is None
+  assert chips.of('TPU v5 lite') is chips.CHIPS['v5e']
+  assert chips.of('NVIDIA H200') is chips.CHIPS['h200']
+  assert chips.of('NVIDIA A100-SXM4-80GB') is chips.CHIPS['a100']
+  assert chips.of('cpu') is None

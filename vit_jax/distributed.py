@@ -25,6 +25,8 @@ import jax
 import numpy as np
 from orbax.checkpoint import multihost
 
+from vit_jax import cluster
+
 FOLDER = 'processes'
 PEER_LOST = 69  # sysexits.h: EX_UNAVAILABLE
 
@@ -82,6 +84,9 @@ def start(workdir, coordinator='', num_processes=None, process_id=None,
 
   Returns:
     Peers, or None if this is the only process.
+
+  Raises:
+    ValueError: see `cluster.local_gpus`.
   """
   asked = check_flags(coordinator, num_processes, process_id, timeout)
   if not asked and tpu_hosts() == 1:
@@ -93,7 +98,10 @@ def start(workdir, coordinator='', num_processes=None, process_id=None,
   if asked:
     peers = Peers(workdir, process_id, num_processes, timeout, coordinator)
     jax.distributed.initialize(
-        coordinator, num_processes, process_id, **timeouts)
+        coordinator, num_processes, process_id,
+        local_device_ids=cluster.local_gpus(),
+        # It would give a Slurm task one GPU, whatever it is to have.
+        cluster_detection_method='deactivate', **timeouts)
   else:
     # Who we are is known afterwards only.
     jax.distributed.initialize(**timeouts)

@@ -2,11 +2,26 @@
 import contextlib
 import time
 
+# A share of waiting that is worth a word, in laps of a second or more.
+WAITING, SECONDS = 0.1, 1.0
+REMEDY = (
+    'warning: training waited for data {:.0%} of the last {} steps.\n'
+    '  vit-jax bench data says what this machine can feed. Remedies: vit-jax '
+    'pack (smaller copies of the images), more CPUs, augment_on=device.')
+
 
 class Pace:
   """A stopwatch over training steps that stands still in pauses."""
 
-  def __init__(self):
+  def __init__(self, say=None):
+    """Starts it.
+
+    Args:
+      say: called with REMEDY, once, after a lap with too much waiting. The
+        first lap does not count: the queues fill in it.
+    """
+    self._say = say
+    self._laps = 0
     self._reset()
 
   def next(self, iterator):
@@ -29,6 +44,11 @@ class Pace:
     elapsed = max(time.perf_counter() - self._start, 1e-9)
     rates = {'images_per_s': self._steps * batch_size / elapsed,
              'data_wait': self._waited / elapsed}
+    if (self._say and self._laps and elapsed >= SECONDS
+        and rates['data_wait'] > WAITING):
+      self._say(REMEDY.format(rates['data_wait'], self._steps))
+      self._say = None
+    self._laps += 1
     self._reset()
     return rates
 

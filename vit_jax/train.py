@@ -10,10 +10,14 @@ Flags:
   --fork NEWDIR                  go on from the newest checkpoint in --workdir
                                  in a new folder, with changed settings
   --overfit_batch                sanity check: train on one batch only
+  --profile 5                    traces so many steps after the 10th into
+                                 WORKDIR/profile, for XProf and Perfetto, and
+                                 prints the ten most expensive ops
   --traceback                    show where an error came from
 
 Several processes, which share the workdir and are started with the same command
-(TPU VMs of several hosts need none of these flags):
+(TPU VMs of several hosts and tasks of srun need none of these flags, the pods
+of a Kubernetes indexed Job --num_processes only):
   --coordinator HOST:PORT        the host of process 0, a free port on it
   --num_processes N
   --process_id I                 0 to N - 1
@@ -21,7 +25,8 @@ Several processes, which share the workdir and are started with the same command
                                  for so long is named, and ends the others
 
 Exit codes: 0 finished; 1 a fault in the program (traceback); 2 bad input, one
-line of cause and one of remedy; 3 the loss was not finite; 4 the last
+line of cause and one of remedy, or too little memory, and three settings that
+need less; 3 the loss was not finite; 4 the last
 checkpoint could not be written (a full disk); 69 another process is missing or
 died; 75 stopped by SIGTERM or Ctrl-C (of one process is enough) after saving.
 After 69 and 75 run the command again to go on.
@@ -44,6 +49,7 @@ import jax
 import input_pipeline
 import vit_jax
 from vit_jax import checkpoint
+from vit_jax import cluster
 from vit_jax import config as config_lib
 from vit_jax import devices
 from vit_jax import distributed
@@ -54,9 +60,11 @@ from vit_jax import metric_writer
 from vit_jax import model_file
 from vit_jax import models
 from vit_jax import optimizer
+from vit_jax import out_of_memory
 from vit_jax import pace
 from vit_jax import param_paths
 from vit_jax import preemption
+from vit_jax import profiler
 from vit_jax import ranges
 from vit_jax import sharding
 from vit_jax import train_state
@@ -74,7 +82,8 @@ class Stopped(RuntimeError):
   """A signal stopped the run after its state was saved."""
 
 
-def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
+def train_and_evaluate(config, workdir, fork='', overfit_batch=False,
+                       profile=0):
   """Trains, evaluates, saves; resumes what `workdir` holds.
 
   Args:
@@ -82,6 +91,7 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
     workdir: folder of the run; made if missing.
     fork: folder of a new run that goes on from the one in `workdir`.
     overfit_batch: train on the first batch only, without evaluation.
+    profile: steps to trace; see `profiler.traced`.
 
   Returns:
     {name: value}: the metrics of the last step's evaluation.
@@ -111,6 +121,7 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
   if state is None:
     state = train_state.with_variables(run.init_fn(run.hypers['key']), given)
   start = int(state.step)
+  profiler.check(profile, start, run.total_steps)
   workdir_lib.record(workdir, resolved, data.class_names)
   writer = metric_writer.MetricWriter(workdir, start, run.total_steps, logger)
   trained = param_paths.size(run.trained)
@@ -123,6 +134,8 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
   begin = time.perf_counter()
   step_fn = run.compile_step()
   say(f'compiled the training step in {time.perf_counter() - begin:.1f} s')
+  if profile and jax.process_index() == 0:
+    step_fn = profiler.traced(step_fn, workdir, profile)
   bad_files = workdir_lib.bad_files(workdir)
   batches = input_pipeline.to_device.prefetch(
       run.train_batches(start_step=start), sharding.batch(run.mesh),
@@ -134,7 +147,7 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False):
     if overfit_batch:
       stream = itertools.repeat(next(batches))
       evals, eval_due = evaluators.Suite({}), lambda step: False
-    speed = pace.Pace()
+    speed = pace.Pace(say)
     results = {}
     # Process 0 knows: others may see an older file.
     if start and eval_due(start) and distributed.from_first(
@@ -204,7 +217,8 @@ def main(argv=None):
     workdir, fork = map(os.path.expanduser, (args.workdir, args.fork))
     peers = start_processes(fork or workdir, args)
     train_and_evaluate(
-        args.config, workdir, fork=fork, overfit_batch=args.overfit_batch)
+        args.config, workdir, fork=fork, overfit_batch=args.overfit_batch,
+        profile=args.profile)
     code = 0
   except Stopped as e:
     print(e, file=sys.stderr)
@@ -215,7 +229,8 @@ def main(argv=None):
     code = exit_code(e)
     if code == 1 or any(a.startswith('--traceback') for a in argv):
       traceback.print_exc()
-    errors.show(e)
+    errors.show(out_of_memory.explain(e, args.config)
+                if out_of_memory.is_out_of_memory(e) else e)
   except BaseException:  # the second Ctrl-C
     if peers:
       peers.leave(1)
@@ -228,15 +243,18 @@ def main(argv=None):
 def exit_code(error):
   """The exit code of an exception; 1 for what is no message of ours."""
   codes = {NonFiniteLoss: NOT_FINITE, checkpoint.SaveFailed: NOT_SAVED}
-  return codes.get(
-      type(error), errors.BAD_INPUT if errors.is_message(error) else 1)
+  bad_input = errors.is_message(error) or out_of_memory.is_out_of_memory(error)
+  return codes.get(type(error), errors.BAD_INPUT if bad_input else 1)
 
 
 def start_processes(workdir, args):
-  """Connects this process to the others that the flags speak of, if any."""
-  flags_ = (args.coordinator, args.num_processes, args.process_id,
-            args.peer_timeout_seconds)
+  """Connects this process to the others, if `cluster.find` knows any."""
+  *flags_, source = cluster.find(
+      args.coordinator, args.num_processes, args.process_id)
+  flags_.append(args.peer_timeout_seconds)
   distributed.check_flags(*flags_)
+  if source:
+    print(source, flush=True)
   workdir_lib.make(workdir)
   return distributed.start(workdir, *flags_)
 
@@ -268,6 +286,7 @@ def define_flags(values):
   add_integer('num_processes', None, 'How many processes there are.')
   add_integer('process_id', None, 'Which one this is, from 0.')
   add_integer('peer_timeout_seconds', 120, 'How long to wait for another.')
+  add_integer('profile', 0, 'How many steps to trace.')
   add('overfit_batch', False, 'Train on the first batch only.')
   add('traceback', False, 'Show where an error came from.')
 

@@ -1,5 +1,6 @@
 """Times parts of the program on this machine.
 
+  vit-jax bench step        a config's training step: images/s, MFU, memory, ops
   vit-jax bench data        input, against plain tf.data; what it can feed
   vit-jax bench augment     augmentation: its forms, its share of a step
   vit-jax bench population  many small models at once, against one by one
@@ -11,7 +12,8 @@ import importlib
 
 from vit_jax import choices
 
-BENCHES = {'data': 'vit_jax.commands.bench_data',
+BENCHES = {'step': 'vit_jax.commands.bench_step',
+           'data': 'vit_jax.commands.bench_data',
            'augment': 'vit_jax.commands.bench_augment',
            'population': 'vit_jax.commands.bench_population'}
 

@@ -86,7 +86,7 @@ def compiled(config, topology):
   from vit_jax import tpu_topology
   devices = tpu_topology.devices(topology)
   kind = topology.partition(':')[0]
-  num_train, num_classes, image_shape, _ = _data(config)
+  num_train, num_classes, image_shape, _ = data_sizes(config)
   args = (num_train, num_classes, image_shape)
   mesh = sharding.create_mesh(config.mesh, devices)
   needs = estimate.of(config, *args, 'tpu', len(devices))
@@ -124,7 +124,7 @@ def estimated(config, devices, kind):
     kind: a key of `chips.CHIPS`, or 'cpu'.
   """
   from vit_jax import estimate
-  num_train, num_classes, image_shape, _ = _data(config)
+  num_train, num_classes, image_shape, _ = data_sizes(config)
   args = (num_train, num_classes, image_shape)
   chip = None if kind == 'cpu' else chips.named(kind)
   platform = chip.platform if chip else 'cpu'
@@ -200,7 +200,7 @@ def plan(config, depth=2):
   Raises:
     ValueError: bad config; or neither data nor its expected sizes.
   """
-  num_train, num_classes, image_shape, source = _data(config)
+  num_train, num_classes, image_shape, source = data_sizes(config)
   fields = train_state.model_fields(config.model, tuple(config.frozen))
   model = models.create(num_classes=num_classes, **fields)
   cost = complexity.of(model, image_shape[0], image_shape[2])
@@ -240,7 +240,7 @@ def _tokens(model, image_shape):
   return lines
 
 
-def _data(config):
+def data_sizes(config):
   """Returns (num_train, num_classes, image_shape, their origin)."""
   import input_pipeline
   try:

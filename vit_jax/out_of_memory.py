@@ -1,0 +1,72 @@
+"""What to change when the devices' memory does not suffice."""
+import jax
+
+from vit_jax import config as config_lib
+
+
+def is_out_of_memory(error):
+  """Whether compiling or running a program failed for want of memory."""
+  return isinstance(error, jax.errors.JaxRuntimeError) and (
+      'RESOURCE_EXHAUSTED' in str(error) or 'out of memory' in str(
+          error).lower())
+
+
+def explain(error, config):
+  """One line of cause, and a line each for three settings.
+
+  Args:
+    error: see `is_out_of_memory`.
+    config: ConfigDict with the keys of `recipes.base`.
+  """
+  cause = next(line for line in str(error).splitlines() if line.strip())
+  return (f'The memory of {jax.devices()[0].device_kind} is too small: '
+          f'{cause[:160]}\n{advise(config)}')
+
+
+def advise(config, figures=None):
+  """Settings that need less memory and are not on yet, the cheapest first.
+
+  All but the last one leave what is computed as it is, up to rounding.
+
+  Args:
+    config: ConfigDict with the keys of `recipes.base`.
+    figures: {setting: text}, what somebody knows that each would give.
+
+  Returns:
+    Three lines '--config.KEY=VALUE  what it does', or fewer.
+  """
+  settings = _settings(config_lib.flatten(config.to_dict()))
+  figures = figures or {}
+  return '\n'.join(
+      f'--config.{setting}  {figures.get(setting, what)}'
+      for setting, what in list(settings.items())[:3])
+
+
+def _settings(c):
+  settings = {}
+  batch, steps = c['global_batch_size'], c['accumulation_steps']
+  share = max(jax.device_count() // max(c['mesh.tensor'], 1), 1)
+  more = next((n for n in range(2 * steps, batch // share + 1)
+               if batch % (n * share) == 0), None)
+  if more:
+    settings[f'accumulation_steps={more}'] = (
+        f'activations of {batch // more} examples at once in place of '
+        f'{batch // steps}: {steps / more:.0%} of their memory')
+  remat = c.get('model.remat')
+  if remat == 'none':
+    settings['model.remat=dots'] = (
+        'keeps results of matmuls only; a few percent slower')
+  if jax.device_count() > 1 and c['mesh.fsdp'] == 1:
+    count = jax.device_count()
+    settings[f'mesh.fsdp={count}'] = (
+        f'1/{count} of parameters, averages and optimizer on each device')
+  if remat in ('none', 'dots'):
+    settings['model.remat=full'] = (
+        'keeps the inputs of blocks only; a forward more: a third slower')
+  if c['optimizer.momentum_dtype'] == 'float32':
+    settings['optimizer.momentum_dtype=bfloat16'] = (
+        '2 bytes a parameter less')
+  if batch > 1:
+    settings[f'global_batch_size={batch // 2}'] = (
+        'half the activations; another experiment: adapt optimizer.lr')
+  return settings
