@@ -63,6 +63,30 @@ def checked(config):
   return config
 
 
+def data_sizes(config):
+  """Sizes of the data, found or, where it is not here, as the config expects.
+
+  Args:
+    config: ConfigDict with the keys of `recipes.base`.
+
+  Returns:
+    (num_train, num_classes, image_shape, their origin).
+
+  Raises:
+    ValueError, OSError: the data is not here and the config expects none.
+  """
+  try:
+    data = input_pipeline.open_data(config.input, max(config.data_seed, 0))
+    return (data.train.num_examples, len(data.class_names), data.image_shape,
+            'as found')
+  except (ValueError, OSError):
+    expected = config.input.num_train, config.input.num_classes
+    if not all(expected):
+      raise
+    shape = input_pipeline.image_shape(config.input)
+    return *expected, shape, 'as the config expects; the data is not here'
+
+
 def create(config):
   """Returns the `Experiment` of a config.
 

@@ -43,10 +43,10 @@ from vit_jax import choices
 from vit_jax import complexity
 from vit_jax import config as config_lib
 from vit_jax import devices
-from vit_jax import program as program_lib
+from vit_jax import experiment
 from vit_jax import profiler
+from vit_jax import program as program_lib
 from vit_jax import sharding
-from vit_jax.commands import plan
 
 _OURS, _MATMUL = 'ours', 'matmul'
 
@@ -93,7 +93,7 @@ def create(config, batch_size=0):
   devices.check()
   if batch_size:
     config.global_batch_size = batch_size
-  num_train, num_classes, image_shape, _ = plan.data_sizes(config)
+  num_train, num_classes, image_shape, _ = experiment.data_sizes(config)
   return program_lib.create(config, num_train, num_classes, image_shape,
                             sharding.create_mesh(config.mesh))
 

@@ -32,6 +32,7 @@ from vit_jax import collectives
 from vit_jax import complexity
 from vit_jax import config as config_lib
 from vit_jax import durations
+from vit_jax import experiment
 from vit_jax import models
 from vit_jax import train_state
 from vit_jax.models import vit
@@ -86,7 +87,7 @@ def compiled(config, topology):
   from vit_jax import tpu_topology
   devices = tpu_topology.devices(topology)
   kind = topology.partition(':')[0]
-  num_train, num_classes, image_shape, _ = data_sizes(config)
+  num_train, num_classes, image_shape, _ = experiment.data_sizes(config)
   args = (num_train, num_classes, image_shape)
   mesh = sharding.create_mesh(config.mesh, devices)
   needs = estimate.of(config, *args, 'tpu', len(devices))
@@ -124,7 +125,7 @@ def estimated(config, devices, kind):
     kind: a key of `chips.CHIPS`, or 'cpu'.
   """
   from vit_jax import estimate
-  num_train, num_classes, image_shape, _ = data_sizes(config)
+  num_train, num_classes, image_shape, _ = experiment.data_sizes(config)
   args = (num_train, num_classes, image_shape)
   chip = None if kind == 'cpu' else chips.named(kind)
   platform = chip.platform if chip else 'cpu'
@@ -200,7 +201,7 @@ def plan(config, depth=2):
   Raises:
     ValueError: bad config; or neither data nor its expected sizes.
   """
-  num_train, num_classes, image_shape, source = data_sizes(config)
+  num_train, num_classes, image_shape, source = experiment.data_sizes(config)
   fields = train_state.model_fields(config.model, tuple(config.frozen))
   model = models.create(num_classes=num_classes, **fields)
   cost = complexity.of(model, image_shape[0], image_shape[2])
@@ -238,21 +239,6 @@ def _tokens(model, image_shape):
     lines.append(f'warning       {cropped[0]} rows and {cropped[1]} columns of '
                  'pixels do not fill a patch and are cropped')
   return lines
-
-
-def data_sizes(config):
-  """Returns (num_train, num_classes, image_shape, their origin)."""
-  import input_pipeline
-  try:
-    data = input_pipeline.open_data(config.input, max(config.data_seed, 0))
-    return (data.train.num_examples, len(data.class_names), data.image_shape,
-            'as found')
-  except (ValueError, OSError):
-    expected = config.input.num_train, config.input.num_classes
-    if not all(expected):
-      raise
-    shape = input_pipeline.image_shape(config.input)
-    return *expected, shape, 'as the config expects; the data is not here'
 
 
 def _table(cost, depth):
