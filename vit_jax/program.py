@@ -23,6 +23,8 @@ from vit_jax import schedules
 from vit_jax import sharding
 from vit_jax import train_state
 from vit_jax import train_step
+from vit_jax.models import attention
+from vit_jax.models import vit
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -121,9 +123,11 @@ def create(config, num_train, num_classes, image_shape, mesh, platform=''):
 
   # The model, and the rule by which it learns.
   frozen = tuple(config.frozen)
-  model = models.create(num_classes=num_classes, **train_state.model_fields(
-      config.model, frozen, platform))
+  fields = train_state.model_fields(config.model, frozen, platform)
+  model = models.create(num_classes=num_classes, **fields)
   checks.check_model(model, image_shape, batch_size)
+  if config.model.get('attention') == 'auto':
+    model = model.clone(attention=_attention(model, image_shape, mesh))
   variables = train_state.abstract_variables(model, image_shape, mesh)
   trained, _ = param_paths.split(variables['params'], frozen)
   normalize = train_step.normalizer(
@@ -146,3 +150,11 @@ def create(config, num_train, num_classes, image_shape, mesh, platform=''):
       trained=trained, normalize=normalize, augment=augment, loss_fn=loss_fn,
       make_tx=make_tx, schedule=schedule, ema_alpha=ema_alpha, hypers=hypers,
       init_fn=init_fn, abstract_state=abstract_state)
+
+
+def _attention(model, image_shape, mesh):
+  """The form of attention for a ViT where the config says 'auto'."""
+  (h, w), _ = vit.token_grid(model.patch, image_shape[:2])
+  return attention.choose(
+      mesh.devices.flat[0], h * w + (model.pool == 'token'), model.heads,
+      model.stem.width, model.dtype)
