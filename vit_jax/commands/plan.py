@@ -41,7 +41,7 @@ def plan(config, depth=2):
   Raises:
     ValueError: bad config; or neither data nor its expected sizes.
   """
-  num_train, num_classes, image_shape, source = _data(config)
+  num_train, num_classes, image_shape, source = data_sizes(config)
   fields = train_state.model_fields(config.model, tuple(config.frozen))
   model = models.create(num_classes=num_classes, **fields)
   cost = complexity.of(model, image_shape[0], image_shape[2])
@@ -81,7 +81,7 @@ def _tokens(model, image_shape):
   return lines
 
 
-def _data(config):
+def data_sizes(config):
   """Returns (num_train, num_classes, image_shape, their origin)."""
   import input_pipeline
   try:
