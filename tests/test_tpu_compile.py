@@ -78,9 +78,9 @@ def test_a_step_is_compiled_with_the_kernel_and_moves_less(tmp_path, capsys):
 
 
 @needs_libtpu
-@pytest.mark.slow
+@pytest.mark.slow  # a minute
 @pytest.mark.parametrize('tokens, heads, width', [
-    (197, 3, 192), (196, 12, 768), (577, 16, 1024), (257, 16, 1408)])
+    (197, 3, 192), (196, 12, 768), (257, 16, 1408)])
 def test_tpus_take_the_kernel_at_real_sizes(tokens, heads, width):
   for name in ('v5p:2x2x1', 'v5e:2x2'):
     chip = tpu_topology.devices(name)[0]

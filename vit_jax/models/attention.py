@@ -24,6 +24,9 @@ ATTENTIONS = ('xla', 'cudnn', 'pallas')
 # Half of the 16 MB that a TPU's compiler gives to a kernel; the rest is for
 # what the kernel computes.
 _BLOCK_BYTES = 2**23
+# The kernel holds some [N, N] in float32 at once; at 1025 tokens they do not
+# fit, and the compiler takes a minute to say so.
+_MAX_TOKENS = 640
 
 
 def attend(query: jax.Array, key: jax.Array, value: jax.Array,
@@ -101,6 +104,9 @@ def refusal(device, tokens: int, heads: int, width: int, dtype: str) -> str:
 
   Args: see `choose`.
   """
+  if tokens > _MAX_TOKENS:
+    return f'it takes {_MAX_TOKENS} tokens at most'
+
   def loss(form, qkv):
     out = form(qkv, heads)
     return jnp.sum(jnp.sin(out.astype(jnp.float32)))

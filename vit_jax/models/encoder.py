@@ -68,10 +68,9 @@ class Attention(nn.Module):
     """The three layers as one matmul, [B, N, D] -> [B, N, 3 D]."""
     params = [self.variables['params'][name]
               for name in ('query', 'key', 'value')]
-    kernel, bias = (
-        jnp.concatenate([p[leaf].reshape(*shape).astype(self.dtype)
-                         for p in params], axis=-1)
-        for leaf, shape in (('kernel', (x.shape[-1], -1)), ('bias', (1, 1, -1))))
+    join = lambda leaf, *shape: jnp.concatenate(
+        [p[leaf].reshape(*shape).astype(self.dtype) for p in params], axis=-1)
+    kernel, bias = join('kernel', x.shape[-1], -1), join('bias', 1, 1, -1)
     return x.astype(self.dtype) @ kernel + bias
 
 
@@ -108,7 +107,7 @@ class Block(nn.Module):
   init_name: str
   dropout: float
   dtype: str
-  attention: str
+  attention: str = 'xla'
 
   @nn.compact
   def __call__(self, x: jax.Array, drop_rate: jax.Array | None, train: bool):
@@ -178,7 +177,7 @@ class Encoder(nn.Module):
   scan: bool
   remat: str
   dtype: str
-  attention: str
+  attention: str = 'xla'
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
