@@ -52,6 +52,9 @@ setup(
     extras_require={
         'gpu': ['jax[cuda13]>=0.10,<0.13'],
         'tpu': ['jax[tpu]>=0.10,<0.13'],
+        # The compiler for TPUs, for vit-jax plan and bench tpu-compile: what
+        # jax[tpu] 0.10.0 (0.0.40) and 0.10.2 (0.0.42) ask for.
+        'plan': ['libtpu>=0.0.40,<0.0.43'],
         'study': ['optuna>=4,<6'],  # vit-jax sweep, vit-jax study
         'test': ['pytest>=8,<10', 'pytest-xdist>=3.6,<4', 'ruff>=0.9,<1',
                  'optuna>=4,<6'],

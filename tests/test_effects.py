@@ -106,6 +106,7 @@ EFFECTS = {
     'model.batch_norm': ('step', 'frozen', CONV),
     'model.batch_norm_group': ('step', 32, CONV),
     'model.conv': ('step', 'im2col'),
+    'model.attention': ('step', 'pallas'),
     'model.dtype': ('step', 'bfloat16'),
     'model.scan': ('init', {False: True, True: False}),
     'model.remat': ('step', 'full'),

@@ -46,7 +46,8 @@ def main(argv=None):
     return errors.BAD_INPUT
   module = COMMANDS[name][0]
   if any(a in ('-h', '--help') for a in rest):
-    part = f'{module}_{rest[0]}'  # of `bench augment`: bench_augment
+    # Of `bench tpu-compile`: bench_tpu_compile.
+    part = f'{module}_{rest[0]}'.replace('-', '_')
     print(docstring(part if importlib.util.find_spec(part) else module))
     return 0
   try:

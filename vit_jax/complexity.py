@@ -132,6 +132,10 @@ def _costs(jaxpr, prefix: str) -> Iterator[tuple[str, int, int]]:
       size = eqn.outvars[0].aval.size
       yield path, round(size * _macs_per_output(eqn)), size
       continue
+    if primitive == 'pallas_call':  # a kernel, which says what it costs
+      cost = eqn.params['cost_estimate']
+      yield path, cost.flops // 2 if cost else 0, 0
+      continue
     inner = [
         list(_costs(j, path))
         for value in eqn.params.values() for j in _jaxprs(value)]

@@ -16,10 +16,10 @@ from vit_jax import durations
 
 # HOW a run is done: may change when it is resumed. Every other key says WHAT
 # is computed; a change of those is another experiment.
-HOW = ('mesh', 'accumulation_steps', 'model.scan', 'prefetch', 'log', 'eval',
-       'evaluators', 'checkpoint',
-       'wandb', 'compilation_cache', 'model.remat', 'model.conv', 'input.path',
-       'input.data_dir', 'augment_driver', 'augment_on')
+HOW = ('mesh', 'accumulation_steps', 'prefetch', 'log', 'eval', 'evaluators',
+       'checkpoint', 'wandb', 'compilation_cache', 'model.scan', 'model.remat',
+       'model.conv', 'model.attention', 'input.path', 'input.data_dir',
+       'augment_driver', 'augment_on')
 
 
 def is_how(path):

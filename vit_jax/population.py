@@ -278,12 +278,15 @@ def _complete(members, config):
 
 
 def _choose(driver, model):
-  """The driver; sets the section's `conv` to the form that suits it."""
+  """The driver; sets the section's `conv` and `attention` to what suits it."""
   choices.check({'driver': (driver, ('auto', *DRIVERS))})
   on_cpu = jax.default_backend() == 'cpu'
   if on_cpu and 'conv' in model and model.stem != 'resnet' and (
       model.conv == 'auto'):
     model.conv = 'im2col'
+  # The kernel divides examples over the devices, which here have members.
+  if model.get('attention') == 'auto':
+    model.attention = 'xla'
   if driver != 'auto':
     return driver
   return 'map' if on_cpu and model.get('conv') == 'im2col' else 'vmap'

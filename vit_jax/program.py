@@ -24,7 +24,9 @@ from vit_jax import schedules
 from vit_jax import sharding
 from vit_jax import train_state
 from vit_jax import train_step
+from vit_jax.models import attention
 from vit_jax.models import batch_norm
+from vit_jax.models import vit
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -123,11 +125,14 @@ def create(config, num_train, num_classes, image_shape, mesh, platform=''):
 
   # The model, and the rule by which it learns.
   frozen = tuple(config.frozen)
-  model = models.create(num_classes=num_classes, **train_state.model_fields(
-      config.model, frozen, platform))
+  fields = train_state.model_fields(config.model, frozen, platform)
+  model = models.create(num_classes=num_classes, **fields)
   checks.check_model(model, image_shape, batch_size)
   accumulation_steps, group = config.accumulation_steps, batch_norm.group(model)
   accumulation.check(accumulation_steps, batch_size, group, mesh)
+  if config.model.get('attention') == 'auto':
+    model = model.clone(
+        attention=_attention(model, image_shape, mesh, platform))
   variables = train_state.abstract_variables(model, image_shape, mesh)
   trained, _ = param_paths.split(variables['params'], frozen)
   normalize = train_step.normalizer(
@@ -151,3 +156,17 @@ def create(config, num_train, num_classes, image_shape, mesh, platform=''):
       trained=trained, normalize=normalize, augment=augment, grad_fn=grad_fn,
       make_tx=make_tx, schedule=schedule, ema_alpha=ema_alpha, hypers=hypers,
       init_fn=init_fn, abstract_state=abstract_state)
+
+
+def _attention(model, image_shape, mesh, platform):
+  """The form of attention for a ViT where the config says 'auto'."""
+  (h, w), _ = vit.token_grid(model.patch, image_shape[:2])
+  tokens = h * w + (model.pool == 'token')
+  device = mesh.devices.flat[0]
+  # The kernel would have all heads on each device.
+  if platform != 'tpu' or mesh.shape['tensor'] > 1:
+    return 'xla'
+  if device.platform != 'tpu':  # an estimate: nothing can be tried
+    return 'pallas' if tokens <= attention.MAX_TOKENS else 'xla'
+  return attention.choose(
+      device, tokens, model.heads, model.stem.width, model.dtype)

@@ -206,6 +206,7 @@ def base():
       batch_norm_group=0,  # examples a BatchNorm statistic; 0: the batch
       conv='auto',      # of the stem: xla | im2col; auto: see population
       dtype='auto',     # of matmuls: bfloat16 on accelerators, float32 on CPU
+      attention='auto',  # xla | cudnn | pallas; auto: pallas on TPUs, else xla
       scan=False, remat='none')
   c.loss = dict(name='softmax_xent', label_smoothing=0.1)
   c.optimizer = adamw(1e-3, 0.24)

@@ -71,8 +71,8 @@ def model_fields(config, frozen, platform=''):
   """What `models.create` takes, from a config section.
 
   dtype 'auto' is bfloat16 on accelerators and float32 on CPU, where bfloat16
-  is slower; conv 'auto' is 'xla'. BatchNorm whose parameters are frozen keeps
-  its statistics too.
+  is slower; conv and attention 'auto' are 'xla'. BatchNorm whose parameters are
+  frozen keeps its statistics too.
 
   Args:
     config: the section `model`.
@@ -90,8 +90,9 @@ def model_fields(config, frozen, platform=''):
   if fields['dtype'] == 'auto':
     platform = platform or jax.default_backend()
     fields['dtype'] = 'float32' if platform == 'cpu' else 'bfloat16'
-  if fields.get('conv') == 'auto':
-    fields['conv'] = 'xla'
+  for key in ('conv', 'attention'):
+    if fields.get(key) == 'auto':
+      fields[key] = 'xla'
   if (frozen and 'stem' in known
       and _is_batch_norm_frozen(size, config['stem'], frozen)):
     fields['batch_norm'] = 'frozen'

@@ -4,6 +4,7 @@
   vit-jax bench data        input, against plain tf.data; what it can feed
   vit-jax bench augment     augmentation: its forms, its share of a step
   vit-jax bench population  many small models at once, against one by one
+  vit-jax bench tpu-compile what a step costs on TPUs, as their compiler says
 
 vit-jax bench PART --help says more. What is compared is timed in turns, several
 times; compare ratios, and those of an idle machine.
@@ -15,7 +16,8 @@ from vit_jax import choices
 BENCHES = {'step': 'vit_jax.commands.bench_step',
            'data': 'vit_jax.commands.bench_data',
            'augment': 'vit_jax.commands.bench_augment',
-           'population': 'vit_jax.commands.bench_population'}
+           'population': 'vit_jax.commands.bench_population',
+           'tpu-compile': 'vit_jax.commands.bench_tpu_compile'}
 
 
 def main(argv):

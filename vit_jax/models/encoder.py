@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vit_jax.models import attention
 from vit_jax.models import initializers
 
 # 'tanh' is AugReg's and big_vision's, 'erf' the paper's and timm's: released
@@ -26,25 +27,6 @@ REMATS = {
 }
 
 
-def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-  """Softmax attention; all three and the result are [B, N, K, h].
-
-  There may be another number of queries, which is then that of the result.
-  Logits and softmax are float32 whatever the inputs' dtype, which is that of
-  the result.
-  """
-  weights = attention_weights(query, key).astype(value.dtype)
-  return jnp.einsum('bkqn,bnkh->bqkh', weights, value)
-
-
-def attention_weights(query: jax.Array, key: jax.Array) -> jax.Array:
-  """How much each query takes of each token: float32 [B, K, N, N]."""
-  logits = jnp.einsum(
-      'bqkh,bnkh->bkqn', query * query.shape[-1] ** -0.5, key,
-      preferred_element_type=jnp.float32)  # [B, K, N, N]
-  return jax.nn.softmax(logits, axis=-1)
-
-
 class Attention(nn.Module):
   """Multi-head attention with biases, [B, N, D] -> [B, N, D].
 
@@ -53,13 +35,21 @@ class Attention(nn.Module):
   heads: int
   init_name: str
   dtype: str
+  form: str = 'xla'  # of attention.ATTENTIONS
 
   @nn.compact
   def __call__(self, x: jax.Array, asking: jax.Array | None = None):
     width = x.shape[-1]
     init = initializers.INITIALIZERS[self.init_name]
-    # Three layers, as they are in released checkpoints; fusing them is the
-    # business of the step.
+    sows = self.is_mutable_collection('intermediates')
+    out = nn.DenseGeneral(
+        width, axis=(-2, -1), dtype=self.dtype, kernel_init=init.out,
+        name='out')
+    if (self.form == 'pallas' and asking is None and not sows
+        and not self.is_initializing()):
+      y = attention.attend_fused(self._qkv(x), self.heads)  # [B, N, D]
+      return out(y.reshape(*y.shape[:-1], self.heads, -1))
+    # Three layers, as they are in released checkpoints.
     query, key, value = (
         nn.DenseGeneral(
             (self.heads, width // self.heads), dtype=self.dtype,
@@ -68,11 +58,20 @@ class Attention(nn.Module):
             ('query', x if asking is None else asking), ('key', x),
             ('value', x)))  # [B, N, K, h]
     # For whoever asks, by mutable=['intermediates']; otherwise not computed.
-    if self.is_mutable_collection('intermediates'):
-      self.sow('intermediates', 'weights', attention_weights(query, key))
-    return nn.DenseGeneral(
-        width, axis=(-2, -1), dtype=self.dtype, kernel_init=init.out,
-        name='out')(attend(query, key, value))  # [B, N, D]
+    if sows:
+      self.sow('intermediates', 'weights',
+               attention.attention_weights(query, key))
+    form = 'xla' if self.form == 'pallas' else self.form
+    return out(attention.attend(query, key, value, form))  # [B, N, D]
+
+  def _qkv(self, x):
+    """The three layers as one matmul, [B, N, D] -> [B, N, 3 D]."""
+    params = [self.variables['params'][name]
+              for name in ('query', 'key', 'value')]
+    join = lambda leaf, *shape: jnp.concatenate(
+        [p[leaf].reshape(*shape).astype(self.dtype) for p in params], axis=-1)
+    kernel, bias = join('kernel', x.shape[-1], -1), join('bias', 1, 1, -1)
+    return x.astype(self.dtype) @ kernel + bias
 
 
 class Mlp(nn.Module):
@@ -108,6 +107,7 @@ class Block(nn.Module):
   init_name: str
   dropout: float
   dtype: str
+  attention: str = 'xla'
 
   @nn.compact
   def __call__(self, x: jax.Array, drop_rate: jax.Array | None, train: bool):
@@ -127,7 +127,8 @@ class Block(nn.Module):
         x, ('batch', 'tokens', 'embed'), fallback=RulesFallback.RAISE_ERROR)
 
     y = nn.LayerNorm(self.norm_eps, dtype=self.dtype, name='norm_attention')(x)
-    y = Attention(self.heads, self.init_name, self.dtype, name='attention')(y)
+    y = Attention(self.heads, self.init_name, self.dtype, self.attention,
+                  name='attention')(y)
     y = nn.Dropout(self.dropout, deterministic=not train)(y)
     x = x + self._skip_examples(y, drop_rate, train)
 
@@ -163,6 +164,7 @@ class Encoder(nn.Module):
     scan: one compiled block, parameters stacked on a leading axis of `depth`
       under `blocks`, in place of `block_00`, `block_01`, ...
     remat: a key of `REMATS`: what is computed again in the backward pass.
+    attention: of `attention.ATTENTIONS`.
   """
   depth: int
   heads: int
@@ -175,13 +177,15 @@ class Encoder(nn.Module):
   scan: bool
   remat: str
   dtype: str
+  attention: str = 'xla'
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
     fields = {
         'heads': self.heads, 'mlp': self.mlp, 'gelu': self.gelu,
         'norm_eps': self.norm_eps, 'init_name': self.init_name,
-        'dropout': self.dropout, 'dtype': self.dtype}
+        'dropout': self.dropout, 'dtype': self.dtype,
+        'attention': self.attention}
     x = apply_blocks(
         Block, fields, x, self.depth, self.stochastic_depth, self.scan,
         self.remat, train)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax import choices
+from vit_jax.models import attention as attention_lib
 from vit_jax.models import convolutions
 from vit_jax.models import encoder
 from vit_jax.models import initializers
@@ -69,6 +70,7 @@ class ViT(nn.Module):
   scan: bool = False
   remat: str = 'none'
   dtype: str = 'float32'
+  attention: str = 'xla'
 
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
@@ -112,7 +114,8 @@ class ViT(nn.Module):
         depth=self.depth, heads=self.heads, mlp=self.mlp, gelu=self.gelu,
         norm_eps=self.norm_eps, init_name=self.init_name, dropout=self.dropout,
         stochastic_depth=self.stochastic_depth, scan=self.scan,
-        remat=self.remat, dtype=self.dtype, name='encoder')(x, train=train)
+        remat=self.remat, dtype=self.dtype, attention=self.attention,
+        name='encoder')(x, train=train)
 
     self.sow('intermediates', 'tokens', x)
     x = self._pool(x, train)  # [B, D]
@@ -190,6 +193,7 @@ def create(
     scan: bool = False,
     remat: str = 'none',
     dtype: str = 'float32',
+    attention: str = 'xla',
 ) -> ViT:
   """Builds a ViT from names. The defaults are those of the paper.
 
@@ -223,6 +227,8 @@ def create(
     dtype: 'float32' or 'bfloat16', of convolutions, matmuls and the residual
       stream. Parameters, statistics of normalisation, softmax, the last
       LayerNorm, the head and the logits are float32 in any case.
+    attention: of `attention.ATTENTIONS`, for the encoder's blocks: 'xla';
+      'pallas', one kernel, for TPUs; 'cudnn', for NVIDIA GPUs, needs bfloat16.
 
   Returns:
     A linen module; `model.apply(variables, images, train=False)` gives logits.
@@ -237,6 +243,7 @@ def create(
       'gelu': (gelu, encoder.GELUS), 'init': (init, initializers.INITIALIZERS),
       'batch_norm': (batch_norm, stems.BATCH_NORM),
       'conv': (conv, convolutions.FORMS),
+      'attention': (attention, attention_lib.ATTENTIONS),
       'remat': (remat, encoder.REMATS), 'dtype': (dtype, encoder.DTYPES)})
   check_numbers(num_classes, norm_eps, head_bias, dropout=dropout,
                 stochastic_depth=stochastic_depth)
@@ -254,7 +261,8 @@ def create(
       heads=row.heads, mlp=row.mlp, num_classes=num_classes, pool=pool,
       pre_logits=pre_logits, pos_embedding=pos_embedding, gelu=gelu,
       norm_eps=norm_eps, init_name=init, head_bias=head_bias, dropout=dropout,
-      stochastic_depth=stochastic_depth, scan=scan, remat=remat, dtype=dtype)
+      stochastic_depth=stochastic_depth, scan=scan, remat=remat, dtype=dtype,
+      attention=attention)
 
 
 def check_numbers(num_classes, norm_eps, head_bias, **rates):
