@@ -122,8 +122,9 @@ def _events(folder):
   data = jax.profiler.ProfileData.from_file(max(files, key=os.path.getmtime))
   planes = {plane.name: plane for plane in data.planes}
   # The devices of a process do the same: one of them will do.
-  chips = sorted(n for n in planes if n.startswith(('/device:TPU', '/device:G')))
-  plane = planes.get(chips[0] if chips else '/host:CPU')
+  accelerators = sorted(
+      n for n in planes if n.startswith(('/device:TPU', '/device:GPU')))
+  plane = planes.get((*accelerators, '/host:CPU')[0])
   lines = list(plane.lines) if plane else []
   # TPUs have operations on a line of their own, whose events say no more.
   own = [line for line in lines if line.name == 'XLA Ops']
@@ -146,8 +147,8 @@ def label(source, name=''):
   if not source:
     return re.sub(r'[.\d]+$', '', name) or name
   parts = [p for p in source.split('/') if not re.fullmatch(
-      r'(jit|jvp|transpose|vmap|remat|checkpoint|rematted_computation)(\(.*)?',
-      p)]
+      r'(jit|jvp|transpose|vmap|remat|checkpoint|rematted_computation|while|body|'
+      r'cond|closed_call)(\(.*)?', p)]
   place = re.sub(r'block_\d+', 'block_*', '/'.join(parts)) or name
   return f'backward {place}' if 'transpose(jvp' in source else place
 

@@ -6,9 +6,6 @@ import contextlib
 import importlib.util
 import os
 
-# Dense bfloat16 FLOP/s of a chip, from the data sheets, by JAX's device kind.
-PEAK_FLOPS = {'TPU v4': 275e12, 'TPU v5 lite': 197e12, 'TPU v5': 459e12,
-              'TPU v6 lite': 918e12}
 _EXAMPLES = 'v4:2x2x1, v5e:2x2, v5p:2x2x1, v6e:2x2'
 _ENVIRONMENT = {
     # Neither ask Google's metadata server who we are, nor complain, at length,

@@ -57,6 +57,9 @@ def main(argv):
   if 'timm' in args.versus:
     # Else JAX takes three quarters of a GPU's memory, and torch finds none.
     os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
+    # Nor are torch's threads to spin while it is the others' turn: on a busy
+    # machine they made it 7 times as slow as it is.
+    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
   print(devices.summary(), flush=True)
   made = create(args.config, args.batch)
   others = {}
@@ -236,7 +239,8 @@ def plain(config, made):
   if c.name != 'adamw':
     raise ValueError(f'--versus plain has AdamW and the config {c.name}.\n'
                      'Take a config with optimizer.name=adamw.')
-  tx = optax.adamw(made.schedule, c.b1, c.b2, c.eps, weight_decay=c.weight_decay)
+  tx = optax.adamw(lambda count: c.lr * made.schedule(count), c.b1, c.b2,
+                   c.eps, weight_decay=c.weight_decay)
   smoothing, classes = config.loss.label_smoothing, _classes(made)
 
   def loss_fn(params, stats, batch, key):
@@ -284,7 +288,7 @@ def timm(config, made):
   except (ImportError, RuntimeError) as e:
     raise ValueError(
         f'timm does not import: {str(e).splitlines()[0]}.\nRun: pip install '
-        "-e '.[crosscheck]'   (torch, torchvision and timm of one kind).") from e
+        "-e '.[crosscheck]'   (torch, torchvision, timm of one kind).") from e
   on_gpu = jax.default_backend() == 'gpu'
   device = torch.device('cuda' if on_gpu else 'cpu')
   batch = noise(made.image_shape, made.batch_size, _classes(made))

@@ -31,11 +31,12 @@ import time
 from absl import flags
 import jax
 
+from vit_jax import chips as chip_table
 from vit_jax import config as config_lib
+from vit_jax import experiment
 from vit_jax import program
 from vit_jax import sharding
 from vit_jax import tpu_topology
-from vit_jax.commands import plan
 
 # figure: (unit, what one of it is)
 _UNITS = {'flops': ('T', 1e12), 'bytes accessed': ('GB', 1e9),
@@ -96,7 +97,7 @@ def compile_step(config, chips, batch_per_chip=0):
   """
   if batch_per_chip:
     config.global_batch_size = batch_per_chip * len(chips)
-  num_train, num_classes, image_shape, _ = plan.data_sizes(config)
+  num_train, num_classes, image_shape, _ = experiment.data_sizes(config)
   mesh = sharding.create_mesh(config.mesh, chips)
   made = program.create(config, num_train, num_classes, image_shape, mesh)
   return made.compile_step(), made.batch_size // len(chips)
@@ -117,8 +118,8 @@ def figures(compiled, kind):
          'peak': memory.peak_memory_in_bytes}
   if cost.get('optimal_seconds', -1) > 0:
     row['estimate'] = cost['optimal_seconds']
-  if kind in tpu_topology.PEAK_FLOPS:
-    row['at data sheet'] = cost['flops'] / tpu_topology.PEAK_FLOPS[kind]
+  if chip := chip_table.of(kind):
+    row['at data sheet'] = cost['flops'] / chip.flops
   return row
 
 
