@@ -26,7 +26,7 @@ def config(size, stem, batch, mesh, **changes):
   c.model.update(size=size, stem=stem)
   if stem == 'conv':
     c.model.batch_norm_group = batch
-  c.optimizer.clip_norm = 1.0
+  c.model.attention, c.optimizer.clip_norm = 'xla', 1.0
   c.global_batch_size = 8 * batch
   c.mesh = dict(data=1, fsdp=1, tensor=1) | mesh
   c.update_from_flattened_dict(changes)

@@ -281,6 +281,13 @@ def load(spec):
         'Correct the file; --traceback shows where.') from e
 
 
+def _likeness(a, b):
+  """How alike two paths are, or their last parts; in [0, 1]."""
+  return max(
+      difflib.SequenceMatcher(None, x, y).ratio()
+      for x, y in ((a, b), (a.rsplit('.', 1)[-1], b.rsplit('.', 1)[-1])))
+
+
 def _check_overrides(argv, config, moved):
   """Names the nearest key for an override that does not exist."""
   flat = flatten(config.to_dict())
@@ -294,12 +301,9 @@ def _check_overrides(argv, config, moved):
   for path in [*asked, *moved]:
     if path in known or (path in moved and _sibling(path, known)):
       continue
-    # The nearest whole path, or else the nearest last part of one.
-    by_leaf = {k.rsplit('.', 1)[-1]: k for k in sorted(known)}
-    leaf = difflib.get_close_matches(path.rsplit('.', 1)[-1], by_leaf, 1, 0.6)
-    close = difflib.get_close_matches(path, known, 1, 0.6) or [
-        by_leaf[name] for name in leaf]
-    hint = f'Did you mean --config.{close[0]}? ' if close else ''
+    nearest = max(sorted(known), key=lambda k, path=path: _likeness(path, k))
+    hint = (f'Did you mean --config.{nearest}? '
+            if _likeness(path, nearest) >= 0.6 else '')
     raise ValueError(f'The config has no key {path!r}.\n{hint}'
                      f'Top level: {", ".join(sorted(config))}.')
 
