@@ -41,13 +41,18 @@ def test_train_names_three_settings(real_error, monkeypatch, tmp_path, capsys):
   def fail(*_, **__):
     raise real_error
   monkeypatch.setattr(train, 'train_and_evaluate', fail)
-  assert train.main(['--config', runs.DIGITS, '--workdir', str(
-      tmp_path / 'run')]) == errors.BAD_INPUT
+  assert train.main([
+      '--config', f'{runs.DIGITS}:stem=patchify', '--workdir',
+      str(tmp_path / 'run')]) == errors.BAD_INPUT
   cause, *settings = capsys.readouterr().err.splitlines()
   assert cause.startswith('error: The memory of cpu is too small: ')
   assert len(settings) == 3
   # 64 examples on 8 devices: the parts have to divide over these.
   assert settings[0].split()[:1] == ['--config.accumulation_steps=2']
+  for line in settings:
+    new, old = re.search(
+        r'  (\S+) GB a device by estimate in place of (\S+):', line).groups()
+    assert float(new) < float(old)
   assert '32 examples at once in place of 64: 50%' in settings[0]
   for line in settings:
     assert re.match(r'  --config\.[a-z_.]+=\S+  \S', line)
@@ -75,6 +80,17 @@ def test_each_setting_is_one_that_the_config_can_take():
 def test_what_somebody_else_knows_of_a_setting_is_shown():
   assert '--config.model.remat=dots  3.1 GB' in out_of_memory.advise(
       config(), {'model.remat=dots': '3.1 GB'})
+
+
+def test_settings_that_the_config_does_not_allow_are_left_out():
+  # Micro-batches would cut the statistics of its BatchNorm.
+  c = recipes.base()
+  c.model.size, c.global_batch_size = 'micro', 64
+  c.input.pp = c.input.eval_pp = 'decode|resize(32)'
+  assert 'accumulation_steps=2' in out_of_memory.advise(c)
+  found = out_of_memory.figures(c)
+  assert len(found) == 3
+  assert not any(setting.startswith('accumulation') for setting in found)
 
 
 def _laps(monkeypatch, *laps):

@@ -2,6 +2,8 @@
 import jax
 
 from vit_jax import config as config_lib
+from vit_jax import estimate
+from vit_jax import experiment
 
 
 def is_out_of_memory(error):
@@ -20,7 +22,40 @@ def explain(error, config):
   """
   cause = next(line for line in str(error).splitlines() if line.strip())
   return (f'The memory of {jax.devices()[0].device_kind} is too small: '
-          f'{cause[:160]}\n{advise(config)}')
+          f'{cause[:160]}\n{advise(config, figures(config))}')
+
+
+def figures(config, most=3):
+  """What the cheapest settings would need of each device: {setting: text}.
+
+  Those that the config does not allow are left out: micro-batches that cut a
+  group of BatchNorm, say. None where the estimate fails.
+
+  Args:
+    config: ConfigDict with the keys of `recipes.base`.
+    most: how many are wanted.
+  """
+  try:
+    args = (*experiment.data_sizes(config)[:3], jax.default_backend(),
+            jax.device_count())
+    now = estimate.of(config, *args).memory
+  except Exception:  # of whatever kind: a failed advice is no second failure
+    return None
+  found = {}
+  for setting, what in _settings(config_lib.flatten(config.to_dict())).items():
+    key, _, value = setting.partition('=')
+    new = config.copy_and_resolve_references()
+    old = config_lib.flatten(new.to_dict())[key]
+    new.update_from_flattened_dict({key: type(old)(value)})
+    try:
+      memory = estimate.of(new, *args).memory
+    except ValueError:
+      continue
+    found[setting] = (f'{memory / 1e9:.3g} GB a device by estimate in place of '
+                      f'{now / 1e9:.3g}: {what}')
+    if len(found) == most:
+      break
+  return found
 
 
 def advise(config, figures=None):
@@ -30,16 +65,15 @@ def advise(config, figures=None):
 
   Args:
     config: ConfigDict with the keys of `recipes.base`.
-    figures: {setting: text}, what somebody knows that each would give.
+    figures: {setting: text} of those to name; None: of all, without figures.
 
   Returns:
     Three lines '--config.KEY=VALUE  what it does', or fewer.
   """
-  settings = _settings(config_lib.flatten(config.to_dict()))
-  figures = figures or {}
-  return '\n'.join(
-      f'--config.{setting}  {figures.get(setting, what)}'
-      for setting, what in list(settings.items())[:3])
+  if figures is None:
+    figures = _settings(config_lib.flatten(config.to_dict()))
+  return '\n'.join(f'--config.{setting}  {text}'
+                   for setting, text in list(figures.items())[:3])
 
 
 def _settings(c):
