@@ -43,17 +43,18 @@ def test_train_names_three_settings(real_error, monkeypatch, tmp_path, capsys):
   monkeypatch.setattr(train, 'train_and_evaluate', fail)
   assert train.main([
       '--config', f'{runs.DIGITS}:stem=patchify', '--workdir',
-      str(tmp_path / 'run')]) == errors.BAD_INPUT
+      str(tmp_path / 'run'), '--config.global_batch_size=512',
+  ]) == errors.BAD_INPUT
   cause, *settings = capsys.readouterr().err.splitlines()
   assert cause.startswith('error: The memory of cpu is too small: ')
   assert len(settings) == 3
-  # 64 examples on 8 devices: the parts have to divide over these.
+  # 512 examples on 8 devices: the parts have to divide over these.
   assert settings[0].split()[:1] == ['--config.accumulation_steps=2']
   for line in settings:
     new, old = re.search(
         r'  (\S+) GB a device by estimate in place of (\S+):', line).groups()
     assert float(new) < float(old)
-  assert '32 examples at once in place of 64: 50%' in settings[0]
+  assert '256 examples at once in place of 512: 50%' in settings[0]
   for line in settings:
     assert re.match(r'  --config\.[a-z_.]+=\S+  \S', line)
 

@@ -28,8 +28,8 @@ def explain(error, config):
 def figures(config, most=3):
   """What the cheapest settings would need of each device: {setting: text}.
 
-  Those that the config does not allow are left out: micro-batches that cut a
-  group of BatchNorm, say. None where the estimate fails.
+  Those that do not help are left out, and those that the config does not
+  allow, such as micro-batches that cut a group of BatchNorm. None where the estimate fails.
 
   Args:
     config: ConfigDict with the keys of `recipes.base`.
@@ -50,6 +50,8 @@ def figures(config, most=3):
     try:
       memory = estimate.of(new, *args).memory
     except ValueError:
+      continue
+    if memory >= now:  # as parts of a small batch are
       continue
     found[setting] = (f'{memory / 1e9:.3g} GB a device by estimate in place of '
                       f'{now / 1e9:.3g}: {what}')
