@@ -29,7 +29,8 @@ def figures(config, most=3):
   """What the cheapest settings would need of each device: {setting: text}.
 
   Those that do not help are left out, and those that the config does not
-  allow, such as micro-batches that cut a group of BatchNorm. None where the estimate fails.
+  allow, such as micro-batches that cut a group of BatchNorm. None where the
+  estimate fails.
 
   Args:
     config: ConfigDict with the keys of `recipes.base`.
