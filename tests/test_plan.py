@@ -34,15 +34,19 @@ def config(size, stem, batch, mesh, **changes):
 
 
 SCAN = {'model.scan': True, 'model.remat': 'full'}
+KERNEL = {'model.attention': 'auto'}
 # GB a chip, peak_memory_in_bytes of the step compiled for v5p:2x2x2 by libtpu
-# 0.0.42.1, JAX 0.10.2.
+# 0.0.42.1, JAX 0.10.2; with XLA's attention but where it says otherwise.
 TPU_COMPILER = {
     'C-18GF data': (7.42, ('18GF', 'conv', 64, dict(data=8)), {}),
+    'C-18GF kernel': (4.65, ('18GF', 'conv', 64, dict(data=8)), KERNEL),
     'C-18GF fsdp': (8.26, ('18GF', 'conv', 64, dict(fsdp=8)), {}),
     'L/16 data': (20.96, ('L/16', 'patchify', 64, dict(data=8)), {}),
     'L/16 fsdp': (21.61, ('L/16', 'patchify', 64, dict(fsdp=8)), {}),
     'G/14 data': (35.62, ('G/14', 'patchify', 32, dict(data=8)), SCAN),
     'G/14 fsdp': (7.24, ('G/14', 'patchify', 32, dict(fsdp=8)), SCAN),
+    'G/14 kernel fsdp': (
+        6.90, ('G/14', 'patchify', 32, dict(fsdp=8)), SCAN | KERNEL),
 }
 
 

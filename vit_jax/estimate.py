@@ -14,9 +14,11 @@ import jax
 from vit_jax import collectives
 from vit_jax import complexity
 from vit_jax import liveness
+from vit_jax import models
 from vit_jax import param_paths
 from vit_jax import program as program_lib
 from vit_jax import sharding
+from vit_jax import train_state
 from vit_jax.models import batch_norm
 
 
@@ -93,13 +95,18 @@ def of(config, num_train, num_classes, image_shape, platform, devices):
   flat = param_paths.flatten(program.variables['params'])
   kernels = [leaf for leaf in flat.values() if leaf.ndim > 1]
   blocks = getattr(program.model, 'depth', 1)
+  micro = own.global_batch_size // own.accumulation_steps
+  tokens, width, hidden = _stream(program.model, image_shape)
   gathered = 0
   if sizes['fsdp'] > 1:
     # Two blocks' weights are whole: one in use, one on its way.
     gathered = 2 * item * sum(leaf.size for leaf in kernels) // (
         blocks * sizes['tensor'])
-  tokens = _stream(program.model, image_shape)
-  micro = own.global_batch_size // own.accumulation_steps
+    if platform == 'tpu':
+      # The compiler gathers piece by piece within matmuls, and does not fuse
+      # those with what follows: one more [B, N, M] for each block that is kept.
+      kept = 1 if own.model.remat == 'full' else blocks
+      gathered += kept * micro * tokens * hidden * item // sizes['tensor']
   return Needs(
       params=total((held.params, held.frozen)), optimizer=total(held.opt_state),
       rest=total((held.ema, held.batch_stats)) + total(
@@ -109,7 +116,7 @@ def of(config, num_train, num_classes, image_shape, platform, devices):
       exchanged=collectives.of_sharding(
           blocks, item * sum(leaf.size for leaf in kernels),
           4 * sum(leaf.size for leaf in flat.values() if leaf.ndim <= 1),
-          sizes, micro * item * tokens, 2 * own.accumulation_steps))
+          sizes, micro * item * tokens * width, 2 * own.accumulation_steps))
 
 
 def _of_one_device(config, shards):
@@ -126,12 +133,12 @@ def _of_one_device(config, shards):
 
 
 def _stream(model, image_shape):
-  """Elements of the residual stream of one example, N * D."""
+  """(N, D, M) of a model; zeros for one without tokens."""
+  if not (grid := models.grid(model, image_shape)):
+    return 0, 0, 0
   width = getattr(getattr(model, 'stem', model), 'width', 0)
-  patch = getattr(model, 'patch', 0)
-  if not patch:
-    return 0
-  return width * (image_shape[0] // patch) * (image_shape[1] // patch)
+  hidden = getattr(model, 'mlp', getattr(model, 'channels_mlp', 0))
+  return math.prod(grid), width, hidden
 
 
 def remedies(config, *args):
@@ -181,8 +188,6 @@ def remedies(config, *args):
 
 def batch_norm_group(config):
   """`batch_norm.group` of a config's model, without building it."""
-  from vit_jax import models
-  from vit_jax import train_state
   return batch_norm.group(models.create(
       num_classes=2, **train_state.model_fields(
           config.model, tuple(config.frozen))))

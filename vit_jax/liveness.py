@@ -14,7 +14,7 @@ import numpy as np
 _FUSED = frozenset((
     'abs', 'add', 'add_any', 'and', 'bitcast_convert_type',
     'broadcast_in_dim', 'cbrt', 'ceil', 'clamp', 'convert_element_type',
-    'copy', 'cos', 'div', 'eq', 'erf', 'erf_inv', 'exp', 'exp2',
+    'copy', 'cos', 'div', 'eq', 'erf', 'erf_inv', 'erfc', 'exp', 'exp2',
     'expm1', 'floor', 'ge', 'gt', 'integer_pow', 'iota',
     'is_finite', 'le', 'log', 'log1p', 'logistic', 'lt', 'max', 'min', 'mul',
     'ne', 'neg', 'not', 'or', 'pad', 'pow', 'real', 'rem', 'rev',
