@@ -26,14 +26,19 @@ import collections
 import time
 
 from absl import flags
+import jax
 
 from vit_jax import chips
 from vit_jax import collectives
 from vit_jax import complexity
 from vit_jax import config as config_lib
 from vit_jax import durations
+from vit_jax import estimate
 from vit_jax import experiment
 from vit_jax import models
+from vit_jax import program
+from vit_jax import sharding
+from vit_jax import tpu_topology
 from vit_jax import train_state
 from vit_jax.models import vit
 
@@ -61,6 +66,9 @@ def main(argv):
                      'Give 1 or more.')
   if args.device_kind not in ('', 'cpu'):
     chips.named(args.device_kind)
+  if args.topology:
+    # Nothing runs here; and libtpu would look, at length, for a TPU.
+    jax.config.update('jax_platforms', 'cpu')
   print(plan(args.config, args.depth))
   if args.topology:
     print('\n' + compiled(args.config, args.topology))
@@ -79,12 +87,6 @@ def compiled(config, topology):
   Raises:
     ValueError: bad config or topology, or no compiler.
   """
-  import jax
-
-  from vit_jax import estimate
-  from vit_jax import program
-  from vit_jax import sharding
-  from vit_jax import tpu_topology
   devices = tpu_topology.devices(topology)
   kind = topology.partition(':')[0]
   num_train, num_classes, image_shape, _ = experiment.data_sizes(config)
@@ -124,7 +126,6 @@ def estimated(config, devices, kind):
     devices: how many.
     kind: a key of `chips.CHIPS`, or 'cpu'.
   """
-  from vit_jax import estimate
   num_train, num_classes, image_shape, _ = experiment.data_sizes(config)
   args = (num_train, num_classes, image_shape)
   chip = None if kind == 'cpu' else chips.named(kind)
@@ -138,8 +139,6 @@ def estimated(config, devices, kind):
 def _devices_text(config, title, note, memory, needs, moved, exchanged, chip,
                   devices, args, platform):
   """The section on devices; `chip`: None where nothing is known of it."""
-  from vit_jax import estimate
-  from vit_jax import sharding
   gb = lambda n: f'{n / 1e9:.2f} GB'
   sizes = sharding.mesh_sizes(config.mesh, devices)
   shards = sizes['data'] * sizes['fsdp']
