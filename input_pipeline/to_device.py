@@ -51,6 +51,10 @@ class Prefetch:
       raise error
     return batch
 
+  def ready(self):
+    """Whether a batch, or the end, is there to take."""
+    return not self._queue.empty()
+
   def __enter__(self):
     return self
 

@@ -136,7 +136,7 @@ def test_augment_sheet_tells_what_was_drawn():
      'mixup(alpha)'),
     (['augment-sheet', '--config', runs.DIGITS, '--examples=1',
       '--out=/no/such/folder.png'], '--out'),
-    (['bench'], 'There is: data, augment, population'),
+    (['bench'], 'data, augment, population'),
     (['bench', 'augment', '--augment=mixup(0.2)'], 'has no op on pixels'),
     (['bench', 'augment', '--size=8'], 'See --help'),
     (['bench', 'population', '--members=0x'], 'are no numbers'),

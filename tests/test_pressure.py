@@ -127,6 +127,29 @@ def test_other_waiting_is_not(laps, monkeypatch):
   assert _laps(monkeypatch, *laps) == []
 
 
+@pytest.mark.parametrize('ready', [True, False])
+def test_devices_that_are_busy_wait_for_nothing(ready, monkeypatch):
+  """Dispatch is a step ahead; the batch comes 3 s, the step ends 2 s on."""
+  clock = [0.0]
+  monkeypatch.setattr(time, 'perf_counter', lambda: clock[0])
+
+  class Stream:
+    def ready(self):
+      return ready
+    def __next__(self):
+      clock[0] = max(clock[0], 0.0 if ready else 3.0)
+
+  class Last:
+    def block_until_ready(self):
+      assert not ready  # no step waits for the one before where data are there
+      clock[0] = 2.0
+
+  speed = pace.Pace()
+  speed.next(Stream(), Last())
+  clock[0] = 4.0
+  assert speed.lap(8)['data_wait'] == (0 if ready else 0.25)
+
+
 def test_a_real_lap():
   speed = pace.Pace()
   speed.next(iter([jnp.zeros(1)]))

@@ -157,7 +157,8 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False,
         raise Stopped(f'{stop.requested()}: step {start} had been saved')
 
     for step in range(start + 1, run.total_steps + 1):
-      state, metrics = step_fn(state, speed.next(stream), run.hypers)
+      batch = speed.next(stream, state.step)
+      state, metrics = step_fn(state, batch, run.hypers)
 
       if run.log_due(step) or step in metric_writer.EARLY:
         metrics = jax.device_get(metrics)
