@@ -94,6 +94,7 @@ EFFECTS = {
     'model.size': ('init', {
         'Mixer-micro': 'Mixer-S/16', 'BiT-micro': 'BiT-R50x1', ...: 'S/16'}),
     'model.stem': ('init', {'patchify': 'conv', ...: 'patchify'}),
+    'optimizer.momentum_dtype': ('init', 'bfloat16'),
     'model.pool': ('init', {'gap': 'token', 'token': 'gap'}),
     'model.pre_logits': ('init', True),
     'model.pos_embedding': ('init', 'sincos2d'),
@@ -155,6 +156,9 @@ EFFECTS = {
     'init_from.reset': (
         'init', SOME_PATHS, {'init_from.run': 'FINISHED'}),
     'mesh.data': ('refused', 3),
+    'mesh.fsdp': ('refused', 3),
+    'mesh.tensor': ('refused', 3),
+    'accumulation_steps': ('refused', 3),
     'prefetch': ('prefetch', 3),
     'log.every_steps': ('log', 30),
     'eval.every_epochs': ('eval', {10.0: 1.0, ...: 2.0}),
