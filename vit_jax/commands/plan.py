@@ -95,7 +95,7 @@ def compiled(config, topology):
   needs = estimate.of(config, *args, 'tpu', len(devices))
   begin = time.perf_counter()
   note = ''
-  memory, moved, exchanged = needs.memory, 0, needs.exchanged
+  memory, cost, exchanged = needs.memory, {}, needs.exchanged
   try:
     step = program.create(config, *args, mesh).compile_step()
   except jax.errors.JaxRuntimeError as e:
@@ -109,12 +109,12 @@ def compiled(config, topology):
         stats.argument_size_in_bytes + stats.temp_size_in_bytes)
     exchanged = collectives.of_program(step.as_text())
     if not config.model.get('scan', False):  # it counts a loop's body once
-      moved = step.cost_analysis()['bytes accessed']
+      cost = step.cost_analysis()
     note = (f'compiled in {time.perf_counter() - begin:.0f} s; '
             f'the estimate without it: {needs.memory / 1e9:.2f} GB')
   return _devices_text(
       config, f'{topology}: {len(devices)} devices, as their compiler says',
-      note, memory, needs, moved, exchanged, chips.named(kind), len(devices),
+      note, memory, needs, cost, exchanged, chips.named(kind), len(devices),
       args, 'tpu')
 
 
@@ -132,13 +132,24 @@ def estimated(config, devices, kind):
   platform = chip.platform if chip else 'cpu'
   needs = estimate.of(config, *args, platform, devices)
   return _devices_text(
-      config, f'{devices} x {kind}, an estimate', '', needs.memory, needs, 0,
+      config, f'{devices} x {kind}, an estimate', '', needs.memory, needs, {},
       needs.exchanged, chip, devices, args, platform)
 
 
-def _devices_text(config, title, note, memory, needs, moved, exchanged, chip,
+def _devices_text(config, title, note, memory, needs, cost, exchanged, chip,
                   devices, args, platform):
-  """The section on devices; `chip`: None where nothing is known of it."""
+  """The section on devices.
+
+  Args:
+    config, title, note: of the section.
+    memory: bytes of a device.
+    needs: `estimate.Needs`.
+    cost: a compiler's `cost_analysis`, or {}.
+    exchanged: see `collectives`.
+    chip: `chips.Chip`, or None where nothing is known of it.
+    devices: how many.
+    args, platform: of `estimate.of`.
+  """
   gb = lambda n: f'{n / 1e9:.2f} GB'
   sizes = sharding.mesh_sizes(config.mesh, devices)
   shards = sizes['data'] * sizes['fsdp']
@@ -160,15 +171,16 @@ def _devices_text(config, title, note, memory, needs, moved, exchanged, chip,
               f'exchanged     {text} a step']
     return '\n'.join(lines)
   times = {'operations': needs.flops / chip.flops,
-           'memory': moved / chip.bandwidth,
            'exchanged': collectives.seconds(exchanged, devices, chip.network)}
   lines.append(
       f'operations    {needs.flops / 1e12:.3g} TFLOP a step: '
       f"{1e3 * times['operations']:.3g} ms at {chip.flops / 1e12:.0f} TFLOP/s")
-  if moved:
+  if cost:
+    own = cost.get('optimal_seconds', -1)
     lines.append(
-        f'moved         {gb(moved)} a step to and from memory: '
-        f"{1e3 * times['memory']:.3g} ms at {chip.bandwidth / 1e9:,.0f} GB/s")
+        f"touched       {gb(cost['bytes accessed'])} a step, copies within the "
+        'chip included' + (
+            f"; the compiler's estimate {1e3 * own:.3g} ms" if own > 0 else ''))
   lines.append(
       f"exchanged     {text} a step: {1e3 * times['exchanged']:.3g} ms at "
       f'{chip.network / 1e9:.0f} GB/s'
