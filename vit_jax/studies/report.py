@@ -23,7 +23,7 @@ TITLES = {
 SCALES = {
     'digits': "scikit-learn's digits, 300 training images (30 a class), 500 "
               'test images',
-    'cifar10': 'CIFAR-10 (as the data file says)',
+    'cifar10': 'CIFAR-10',
     'imagenet': 'ImageNet-1k'}
 PAPER = {
     'schedule_length': 'Paper, Table 2 (ImageNet, points lost by 100 of 400 '
@@ -94,7 +94,7 @@ def section(path, relative_to):
   done = [arm for arm in arms if any(row['arm'] == arm for row in rows)]
   lines = [
       f'## {TITLES.get(study["name"], study["name"])}', '',
-      f'{SCALES.get(study["scale"], study["scale"])}. {len(rows)} runs of '
+      f'{_data(study)}. {len(rows)} runs of '
       f'{total} are done' + (', THE REST IS MISSING' if len(rows) < total else
                              '') + '. '
       f'{env["device_count"]} x {env["device_kind"]}, JAX {env["jax"]}, Python '
@@ -110,6 +110,18 @@ def section(path, relative_to):
   if study['name'] in PAPER:
     lines += ['', PAPER[study['name']]]
   return lines
+
+
+def _data(study):
+  """What a study was trained on, in words."""
+  text = SCALES.get(study['scale'], study['scale'])
+  arm = plan.Arm(*study['arms'][0])
+  if study['scale'] != 'digits' and (
+      file := re.search(r'[:,]data=([^,]+)', arm.config)):
+    text += f' ({os.path.basename(file[1])})'
+    if count := dict(arm.changes).get('input.per_class'):
+      text += f', {count:,} training images a class'
+  return text
 
 
 def _edf(name, path, rows, arms, relative_to):
