@@ -83,7 +83,7 @@ def test_a_key_that_the_model_does_not_take():
   with runs.refused("Unknown key of model 'extra'"):
     train_state.model_fields(c.model, ())
   c = base(model__size='BiT-R50x1')  # with the keys of a ViT
-  with runs.refused(r"takes no model.batch_norm.\n.*recipes.bit\('BiT-R50x1'"):
+  with runs.refused(r"takes no model.attention.\n.*recipes.bit\('BiT-R50x1'"):
     train_state.model_fields(c.model, ())
   section = recipes.mixer('S/16')
   with runs.refused("needs a model.stem.*\n.*recipes.base"):

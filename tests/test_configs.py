@@ -223,7 +223,7 @@ def test_recipe_of_fine_tuning():
   c = load('finetune', 'checkpoint=B_16.npz,data=/data/pets,res=384')
   assert c.optimizer.to_dict() | dict(decay=()) == dict(
       name='sgd', lr=.003, weight_decay=0, momentum=.9, nesterov=False,
-      clip_norm=1, decay=(), layer_decay=1)
+      clip_norm=1, decay=(), layer_decay=1, momentum_dtype='float32')
   assert (c.global_batch_size, c.loss.name, c.loss.label_smoothing) == (
       512, 'softmax_xent', 0)
   assert (c.model.gelu, c.model.dropout, c.input.mean) == ('tanh', 0, (.5,))

@@ -253,7 +253,7 @@ def test_an_unread_key_stops_before_the_first_step(cache, tmp_path):
     (dict(precise_bn__examples=-1), 'is negative'),
     (dict(frozen=('stem/norm_0/.*',)), 'Freeze all'),
     (dict(global_batch_size=63), 'nearest sizes that do: 56 and 64'),
-    (dict(mesh=dict(data=3)), 'does not fit 8 device'),
+    (dict(mesh=dict(data=3, fsdp=1, tensor=1)), 'does not fit 8 device'),
     (dict(model__size='mikro'), 'Did you mean'),
     (dict(model__stem='covn'), 'Did you mean'),
     (dict(optimizer__name='adamm'), 'Did you mean'),
@@ -276,7 +276,7 @@ def test_bad_input_is_two_lines_before_the_first_compile(
     cache, tmp_path, changes, message, monkeypatch):
   def compiled(*_):
     raise AssertionError('compiled before the check')
-  monkeypatch.setattr(train, 'compile_step', compiled)
+  monkeypatch.setattr(train.experiment.Experiment, 'compile_step', compiled)
   with pytest.raises(ValueError, match=message) as e:
     train.train_and_evaluate(runs.short(cache, **changes), str(tmp_path))
   lines = str(e.value).splitlines()
@@ -398,7 +398,7 @@ def test_no_key_of_the_digits_config_is_dead(
     pass
   def reached(*_):
     raise Reached
-  monkeypatch.setattr(train, 'compile_step', reached)
+  monkeypatch.setattr(train.experiment.Experiment, 'compile_step', reached)
   c = runs.config(cache, args)
   with pytest.raises(Reached):  # every check has passed by then
     train.train_and_evaluate(c, str(tmp_path))

@@ -117,9 +117,9 @@ class Manager:
     """Reads a state, and stacks its blocks or not as is wanted (model.scan)."""
     read = lambda abstract: self._manager.restore(
         step, args=ocp.args.StandardRestore(abstract))
-    wants = param_paths.are_stacked(param_paths.flatten(wanted.params))
     saved = _metadata(os.path.join(_absolute(self._folder), str(step)))
-    if wants == param_paths.are_stacked(param_paths.flatten(saved['params'])):
+    wants = _are_stacked(wanted.params)
+    if wants == _are_stacked(saved['params']):
       return read(wanted)
     mesh = wanted.step.sharding.mesh
     abstract = jax.eval_shape(
@@ -214,6 +214,11 @@ class Manager:
         aside.rmtree()
       path.rename(aside)
     self._manager.reload()
+
+
+def _are_stacked(params):
+  return isinstance(params, dict) and param_paths.are_stacked(
+      param_paths.flatten(params))
 
 
 def _restack(state, stacked):
