@@ -1,4 +1,6 @@
 """The line, its draws, and that neither driver, place nor devices matter."""
+import types
+
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -8,6 +10,7 @@ from scipy import stats
 
 from tests import runs
 from vit_jax import augment
+from vit_jax import recipes
 from vit_jax import sharding
 from vit_jax import train_step
 from vit_jax.augment import autoaugment
@@ -274,3 +277,15 @@ def test_grey_images_are_augmented():
   grey = {**batch(), 'image': batch()['image'][..., :1]}
   out = jax.eval_shape(made, grey, KEY, 0)
   assert out['image'].shape == (B, 24, 20, 1)
+
+
+@pytest.mark.parametrize('platform, line, place', [
+    ('tpu', 'randaug(2, 10)', 'host'), ('tpu', 'mixup(0.2)', 'device'),
+    ('gpu', 'randaug(2, 10)', 'device'), ('cpu', 'randaug(2, 10)', 'device')])
+def test_tpus_get_images_that_are_augmented(platform, line, place):
+  chip = types.SimpleNamespace(platform=platform)
+  mesh = types.SimpleNamespace(devices=np.array([chip]))
+  config = recipes.base()
+  config.augment = line
+  made = augment.create(config, (32, 32, 3), 10, NORMALIZE, mesh)
+  assert made.where == place

@@ -131,7 +131,8 @@ def create(config, members, driver='auto'):
   """Returns a `Population`; compiles nothing.
 
   Args:
-    config: of `experiment.checked`; its model.conv is set if it is 'auto'.
+    config: of `experiment.checked`; its model.conv and augment_on are set if
+      they are 'auto'.
     members: dicts with some of KEYS.
     driver: of DRIVERS, or 'auto': 'map' on CPUs, where batched matmuls are
       slower, unless there are convolutions in the loop, which are yet slower.
@@ -139,6 +140,8 @@ def create(config, members, driver='auto'):
   Raises:
     ValueError, OSError: bad input, or a config of what is not done here.
   """
+  if config.augment_on == 'auto':
+    config.augment_on = 'device'
   _check_supported(config)
   members = _complete(members, config)
   driver = _choose(driver, config.model)

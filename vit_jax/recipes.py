@@ -231,7 +231,8 @@ def base():
   c.accumulation_steps = 1  # micro-batches a step
   c.prefetch = 2      # batches ahead on the device
   c.augment_driver = 'auto'  # loop (for CPUs) | batched: the same bits
-  c.augment_on = 'device'    # host: what is on uint8, before the transfer
+  c.augment_on = 'auto'      # what is on uint8: device | host, before it is
+                             # sent; auto: host for TPUs
   c.log = dict(every_steps=50)
   c.eval = dict(every_epochs=1.0, batch_size=0)  # 0: the training batch
   c.evaluators = dict(test=dict(name='classification', split='test'))

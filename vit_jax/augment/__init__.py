@@ -56,8 +56,9 @@ def create(config, image_shape, num_classes, normalize, mesh):
   Args:
     config: `augment`, the line; `augment_driver`, how the ops on pixels are
       carried out: loop (image by image, for CPUs), batched (for accelerators)
-      or auto; `augment_on`, where: device, or host (on the CPU before the
-      transfer); `input.mean`, `input.std`. The last two hows change no bit.
+      or auto; `augment_on`, where: device, host (on the CPU before the
+      transfer) or auto: host for TPUs, which look pixels up one by one;
+      `input.mean`, `input.std`. The last two hows change no bit.
     image_shape: (H, W, C) of training images.
     num_classes: of the data.
     normalize: see `train_step.normalizer`.
@@ -72,12 +73,15 @@ def create(config, image_shape, num_classes, normalize, mesh):
   ops = op_line.parse(line, OPS, 'augment', _EXAMPLE)
   for key, value, known in (
       ('augment_driver', driver, ('auto', *op_policy.DRIVERS)),
-      ('augment_on', where, ('device', 'host'))):
+      ('augment_on', where, ('auto', 'device', 'host'))):
     if value not in known:
       raise ValueError(choices.unknown(value, known, key))
   _check(ops, line, image_shape, num_classes)
   policies = {place: op.policy(image_shape, config['input']['mean'])
               for place, op in enumerate(ops) if op.stage == 'pixels'}
+  if where == 'auto':
+    on_tpu = mesh.devices.flat[0].platform == 'tpu'
+    where = 'host' if policies and on_tpu else 'device'
   if where == 'host':
     _check_host(policies, line)
   platform = 'cpu' if where == 'host' else mesh.devices.flat[0].platform
