@@ -102,6 +102,7 @@ def start(workdir, coordinator='', num_processes=None, process_id=None,
         local_device_ids=cluster.local_gpus(),
         # It would give a Slurm task one GPU, whatever it is to have.
         cluster_detection_method='deactivate', **timeouts)
+    peers.connected()
   else:
     # Who we are is known afterwards only.
     jax.distributed.initialize(**timeouts)
@@ -196,6 +197,17 @@ class Peers:
     # JAX aborts the others as soon as process 0's connection closes.
     self._on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._abort)
     ctypes.CDLL(None).signal(signal.SIGABRT, self._on_abort)
+
+  def connected(self):
+    """All are here, so that their files are of this launch.
+
+    Unless a file system is late: a sign that is of an end is not believed.
+    """
+    now = time.monotonic()
+    for i in self._seen:
+      text = self._read(i)
+      if text and 'left' not in json.loads(text):
+        self._seen[i] = text, now, True
 
   def leave(self, code):
     """Says that this process ends. Exits, unless all processes do so alike.
