@@ -148,7 +148,7 @@ def label(source, name=''):
     return re.sub(r'[.\d]+$', '', name) or name
   parts = [p for p in source.split('/') if not re.fullmatch(
       r'(jit|jvp|transpose|vmap|remat|checkpoint|rematted_computation|while|body|'
-      r'cond|closed_call)(\(.*)?', p)]
+      r'cond|closed_call|eval_jaxpr)(\(.*)?', p)]
   place = re.sub(r'block_\d+', 'block_*', '/'.join(parts)) or name
   return f'backward {place}' if 'transpose(jvp' in source else place
 
