@@ -160,12 +160,15 @@ def _line(name, seconds, batch_size):
 def measure(functions, rounds, steps):
   """Times functions in turns, each `steps` times in a row.
 
+  Every other turn is the other way round: what a function finds in caches
+  depends on the one before it.
+
   Returns:
     {name: float64 [rounds]}, seconds of one call.
   """
   times = {name: [] for name in functions}
-  for _ in range(rounds + 1):
-    for name, function in functions.items():
+  for turn in range(rounds + 1):
+    for name, function in list(functions.items())[::-1 if turn % 2 else 1]:
       begin = time.perf_counter()
       function(steps)
       times[name].append((time.perf_counter() - begin) / steps)
