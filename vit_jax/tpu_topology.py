@@ -48,7 +48,7 @@ def devices(name):
           'Wait for it to end, or remove the file if there is none.') from None
     if 'INVALID_ARGUMENT' not in cause:
       raise
-    raise ValueError(f'No topology {name!r}: {cause[:160]}\n'
+    raise ValueError(f'No topology {name!r}: {cause[:160].rstrip(".")}.\n'
                      f'Give chip and shape, such as {_EXAMPLES}.') from None
   return list(found.devices)
 
