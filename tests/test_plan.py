@@ -13,6 +13,7 @@ from vit_jax import collectives
 from vit_jax import complexity
 from vit_jax import estimate
 from vit_jax import liveness
+from vit_jax import out_of_memory
 from vit_jax import program
 from vit_jax import recipes
 from vit_jax import sharding
@@ -161,11 +162,26 @@ def test_loops_count_as_often_as_they_run():
 
 def test_remedies_are_of_less_memory():
   c = config('L/16', 'patchify', 64, dict(data=8), **{'model.scan': True})
+  c.mesh.data = -1
   before = estimate.of(c, *IMAGENET, 'gpu', 8).memory
-  found = estimate.remedies(c, *IMAGENET, 'gpu', 8)
-  assert len(found) >= 5
-  assert all(memory < before for _, memory in found)
-  assert found[-1][1] == min(memory for _, memory in found)
+  found = out_of_memory.figures(c, (*IMAGENET, 'gpu', 8), most=9)
+  assert len(found) >= 5 and 'mesh.fsdp=8' in found
+  for text in found.values():
+    assert float(text.split()[0]) < before / 1e9
+
+
+def test_groups_that_a_run_would_refuse_are_refused():
+  c = config('S/16', 'conv', 64, dict(data=8), accumulation_steps=16)
+  with runs.refused('model.batch_norm_group=64 is cut'):
+    estimate.of(c, *IMAGENET, 'tpu', 8)
+  c = config('S/16', 'conv', 64, dict(data=8), **{'model.batch_norm_group': 0},
+             accumulation_steps=2)
+  with runs.refused('BatchNorm has statistics of all 512'):
+    estimate.of(c, *IMAGENET, 'tpu', 8)
+  # One that is of several devices is none of these.
+  c = config('S/16', 'conv', 64, dict(data=8), **{
+      'model.batch_norm_group': 128})
+  assert estimate.of(c, *IMAGENET, 'tpu', 8).memory
 
 
 def test_devices_that_are_none(capsys):

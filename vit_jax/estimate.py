@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import jax
 
+from vit_jax import accumulation
+from vit_jax import checks
 from vit_jax import collectives
 from vit_jax import complexity
 from vit_jax import liveness
@@ -62,6 +64,12 @@ def of(config, num_train, num_classes, image_shape, platform, devices):
   mesh = types.SimpleNamespace(shape=sizes)  # all that the rules ask of one
   shards = sharding.batch_shards(mesh)
   sharding.check_batch_size('global_batch_size', config.global_batch_size, mesh)
+  # As a run is checked; what follows is the part of one device.
+  model = models.create(num_classes=num_classes, **train_state.model_fields(
+      config.model, tuple(config.frozen), platform))
+  checks.check_model(model, image_shape, config.global_batch_size)
+  accumulation.check(config.accumulation_steps, config.global_batch_size,
+                     batch_norm.group(model), mesh)
   own = _of_one_device(config, shards)
   one = sharding.create_mesh({}, jax.local_devices()[:1])
   program = program_lib.create(
@@ -139,55 +147,3 @@ def _stream(model, image_shape):
   width = getattr(getattr(model, 'stem', model), 'width', 0)
   hidden = getattr(model, 'mlp', getattr(model, 'channels_mlp', 0))
   return math.prod(grid), width, hidden
-
-
-def remedies(config, *args):
-  """Settings that lower the memory, with what each would need.
-
-  Args:
-    config, *args: see `of`.
-
-  Returns:
-    [(flags, bytes)] of settings that the config does not have, from the one
-    that costs least time; the last is of all of them.
-  """
-  *_, devices = args
-  sizes = sharding.mesh_sizes(config.mesh, devices)
-  shards = sizes['data'] * sizes['fsdp']
-  changes = []
-  if sizes['data'] > 1:
-    changes.append({'mesh.data': 1, 'mesh.fsdp': shards})
-  if config.optimizer.momentum_dtype == 'float32':
-    changes.append({'optimizer.momentum_dtype': 'bfloat16'})
-  if config.model.remat == 'none':
-    changes.append({'model.remat': 'dots'})
-  if config.model.remat != 'full':
-    changes.append({'model.remat': 'full'})
-  steps = config.accumulation_steps
-  for factor in (2, 4):
-    changes.append({'accumulation_steps': factor * steps})
-  changes.append({k: v for change in changes for k, v in change.items()})
-  found = []
-  for change in changes:
-    new = config.copy_and_resolve_references()
-    new.update_from_flattened_dict(change)
-    micro = new.global_batch_size // (shards * new.accumulation_steps)
-    group = batch_norm_group(new)
-    if group is not None and new.accumulation_steps > 1 and (
-        not group or micro * shards % group):
-      new.model.batch_norm_group = micro
-      change = {**change, 'model.batch_norm_group': micro}
-    try:
-      needs = of(new, *args)
-    except ValueError:  # it does not divide
-      continue
-    flags = ' '.join(f'--config.{k}={v}' for k, v in change.items())
-    found.append((flags, needs.memory))
-  return found
-
-
-def batch_norm_group(config):
-  """`batch_norm.group` of a config's model, without building it."""
-  return batch_norm.group(models.create(
-      num_classes=2, **train_state.model_fields(
-          config.model, tuple(config.frozen))))

@@ -25,7 +25,7 @@ def explain(error, config):
           f'{cause[:160]}\n{advise(config, figures(config))}')
 
 
-def figures(config, most=3):
+def figures(config, args=None, most=3):
   """What the cheapest settings would need of each device: {setting: text}.
 
   Those that do not help are left out, and those that the config does not
@@ -34,16 +34,17 @@ def figures(config, most=3):
 
   Args:
     config: ConfigDict with the keys of `recipes.base`.
+    args: the others of `estimate.of`; None: of the data and devices here.
     most: how many are wanted.
   """
   try:
-    args = (*experiment.data_sizes(config)[:3], jax.default_backend(),
-            jax.device_count())
+    args = args or (*experiment.data_sizes(config)[:3], jax.default_backend(),
+                    jax.device_count())
     now = estimate.of(config, *args).memory
   except Exception:  # of whatever kind: a failed advice is no second failure
     return None
   found = {}
-  for setting, what in _settings(config_lib.flatten(config.to_dict())).items():
+  for setting, what in _settings(config, args[-1]).items():
     key, _, value = setting.partition('=')
     new = config.copy_and_resolve_references()
     old = config_lib.flatten(new.to_dict())[key]
@@ -74,15 +75,16 @@ def advise(config, figures=None):
     Three lines '--config.KEY=VALUE  what it does', or fewer.
   """
   if figures is None:
-    figures = _settings(config_lib.flatten(config.to_dict()))
+    figures = _settings(config, jax.device_count())
   return '\n'.join(f'--config.{setting}  {text}'
                    for setting, text in list(figures.items())[:3])
 
 
-def _settings(c):
-  settings = {}
+def _settings(config, devices):
+  """{setting: what it does}, for so many devices."""
+  c, settings = config_lib.flatten(config.to_dict()), {}
   batch, steps = c['global_batch_size'], c['accumulation_steps']
-  share = max(jax.device_count() // max(c['mesh.tensor'], 1), 1)
+  share = max(devices // max(c['mesh.tensor'], 1), 1)
   more = next((n for n in range(2 * steps, batch // share + 1)
                if batch % (n * share) == 0), None)
   if more:
@@ -93,10 +95,9 @@ def _settings(c):
   if remat == 'none':
     settings['model.remat=dots'] = (
         'keeps results of matmuls only; a few percent slower')
-  if jax.device_count() > 1 and c['mesh.fsdp'] == 1:
-    count = jax.device_count()
-    settings[f'mesh.fsdp={count}'] = (
-        f'1/{count} of parameters, averages and optimizer on each device')
+  if devices > 1 and c['mesh.fsdp'] == 1:
+    settings[f'mesh.fsdp={devices}'] = (
+        f'1/{devices} of parameters, averages and optimizer on each device')
   if remat in ('none', 'dots'):
     settings['model.remat=full'] = (
         'keeps the inputs of blocks only; a forward more: a third slower')

@@ -36,6 +36,7 @@ from vit_jax import durations
 from vit_jax import estimate
 from vit_jax import experiment
 from vit_jax import models
+from vit_jax import out_of_memory
 from vit_jax import program
 from vit_jax import sharding
 from vit_jax import tpu_topology
@@ -196,9 +197,10 @@ def _devices_text(config, title, note, memory, needs, cost, exchanged, chip,
       f'run           {steps:,} steps: {hours(times[slowest])} or more; '
       f"{hours(2 * times['operations'])} at half of the chip's FLOP/s"]
   if memory > 0.95 * chip.memory:
-    lines.append('does not fit; estimates for changes:')
-    lines += [f'  {gb(size):>10}  {change}' for change, size in
-              estimate.remedies(config, *args, platform, devices)]
+    lines.append('does not fit; of the changes that help each alone needs')
+    found = out_of_memory.figures(config, (*args, platform, devices), most=9)
+    lines += [f'  --config.{setting}  {text}'
+              for setting, text in (found or {}).items()]
   return '\n'.join(lines)
 
 
