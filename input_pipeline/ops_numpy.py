@@ -94,7 +94,7 @@ def to_channels(images, channels):
   if images.shape[-1] == channels:
     return images
   if channels == 3:
-    return np.repeat(images, 3, axis=-1)
+    return np.concatenate([images] * 3, axis=-1)
   red, green, blue = np.moveaxis(images.astype(np.int32), -1, 0)
   grey = (19595 * red + 38470 * green + 7471 * blue + 32768) >> 16
   return grey.astype(np.uint8)[..., None]
@@ -102,24 +102,43 @@ def to_channels(images, channels):
 
 def apply(image, ops, views):
   """Carries out `ops.views` on uint8 [H, W, C]; returns uint8 [h, w, C]."""
-  for op, view in zip(ops, views, strict=True):
+  return apply_batch(image[None], ops, [views])[0]
+
+
+def apply_batch(images, ops, views):
+  """`apply` for n images of the same size, in less time than one by one.
+
+  Args:
+    images: uint8 [n, H, W, C].
+    ops: from `ops.parse`.
+    views: of each image, as of `ops.views`.
+
+  Returns:
+    uint8 [n, h, w, C].
+  """
+  for op, seen in zip(ops, zip(*views, strict=True), strict=True):
     if op.border:
-      image = _pad(image, op.border)
-    if op.crops:
-      image = image[view.top:view.top + view.height,
-                    view.left:view.left + view.width]
-    if op.method:
-      image = RESIZES[op.method](image, view.out_height, view.out_width)
-    if view.flip:
-      image = image[:, ::-1]
-  return image
+      images = _pad(images, op.border)
+    if op.crops or op.method or op.flips:
+      images = np.stack([_cut(op, image, view) for image, view in zip(
+          images, seen, strict=True)])
+  return images
 
 
-def _pad(image, border):
-  height, width, channels = image.shape
+def _cut(op, image, view):
+  if op.crops:
+    image = image[view.top:view.top + view.height,
+                  view.left:view.left + view.width]
+  if op.method:
+    image = RESIZES[op.method](image, view.out_height, view.out_width)
+  return image[:, ::-1] if view.flip else image
+
+
+def _pad(images, border):
+  n, height, width, channels = images.shape
   padded = np.zeros(
-      (height + 2 * border, width + 2 * border, channels), np.uint8)
-  padded[border:border + height, border:border + width] = image
+      (n, height + 2 * border, width + 2 * border, channels), np.uint8)
+  padded[:, border:border + height, border:border + width] = images
   return padded
 
 

@@ -170,11 +170,11 @@ def subset_draws(data_seed, index):
 
 
 def batch_positions(step, *, num_examples, global_batch_size, epoch='exact',
-                    process_index=0, process_count=1):
-  """Where in which epoch each row of a process's batch lies.
+                    process_index=0, process_count=1, steps=1):
+  """Where in which epoch each row of a process's batches lies.
 
   Args:
-    step: int >= 0.
+    step: int >= 0, the first.
     num_examples: N.
     global_batch_size: B, over all processes.
     epoch: 'exact': an epoch is N examples, batches straddle epochs. 'floor':
@@ -182,9 +182,10 @@ def batch_positions(step, *, num_examples, global_batch_size, epoch='exact',
       goes unused (`drop_last` in the ViT_C paper's code).
     process_index: this process takes the rows from process_index * B / count.
     process_count: divides B.
+    steps: how many batches follow each other.
 
   Returns:
-    (epoch, position), each int64 [B / process_count].
+    (epoch, position), each int64 [steps * B / process_count].
 
   Raises:
     ValueError: B is not a multiple of process_count, an unknown `epoch`, no
@@ -212,13 +213,14 @@ def batch_positions(step, *, num_examples, global_batch_size, epoch='exact',
         f'input.epoch={epoch!r} is unknown.\n'
         + messages.choices(epoch, EPOCHS))
   rows = global_batch_size // process_count
-  first = int(step) * int(global_batch_size) + process_index * rows
-  return np.divmod(np.arange(first, first + rows, dtype=np.int64),
-                   np.int64(examples_per_epoch))
+  first = (np.arange(step, step + steps, dtype=np.int64) * global_batch_size
+           + process_index * rows)
+  position = (first[:, None] + np.arange(rows)).reshape(-1)
+  return np.divmod(position, np.int64(examples_per_epoch))
 
 
 def batch_examples(data_seed, step, *, num_examples, repeats=1, **kwargs):
-  """Which example, seen for which time, is each row of a process's batch.
+  """Which example, seen for which time, is each row of a process's batches.
 
   With repeats (repeated augmentation: Hoffer et al., arXiv 1901.09335; DeiT
   takes 3) an epoch still has N positions, and visits N / repeats examples:
@@ -227,14 +229,14 @@ def batch_examples(data_seed, step, *, num_examples, repeats=1, **kwargs):
 
   Args:
     data_seed: int in [0, 2**63).
-    step: int >= 0.
+    step: int >= 0, the first.
     num_examples: N.
     repeats: how often in a row an example comes.
     **kwargs: as in `batch_positions`.
 
   Returns:
-    (epoch, index, repeat), each int64 [B / process_count]; repeat counts from
-    0 to repeats - 1, for `uniform`.
+    (epoch, index, repeat), each int64 [steps * B / process_count]; repeat
+    counts from 0 to repeats - 1, for `uniform`.
 
   Raises:
     ValueError: repeats out of range, or as `batch_positions`.

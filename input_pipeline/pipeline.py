@@ -32,6 +32,8 @@ READ_ERRORS = (
 # Draws for the place of an unreadable image. With one image in ten unreadable
 # all of them fail once in 1e16.
 _SUBSTITUTES = 16
+# Examples whose order is computed at once: small batches pay for each call.
+_ORDERED = 1024
 
 
 class Rows(NamedTuple):
@@ -77,13 +79,13 @@ def train_batches(data, *, global_batch_size, data_seed, start_step=0,
   source = data.train
   processes = dict(process_index=process_index, process_count=process_count)
 
-  def rows(step):
+  def rows(step, steps):
     return order.batch_examples(
         data_seed, step, num_examples=source.num_examples,
         global_batch_size=global_batch_size, epoch=epoch, repeats=repeats,
-        **processes)
+        steps=steps, **processes)
 
-  size = len(rows(start_step)[1])
+  size = len(rows(start_step, 1)[1])
   if source.streamed and epoch != 'exact':
     raise ValueError(
         f'A streamed source has no input.epoch={epoch!r}.\n'
@@ -94,8 +96,11 @@ def train_batches(data, *, global_batch_size, data_seed, start_step=0,
 
   def rows_from(first):
     if not source.streamed:
-      for step in itertools.count(first):
-        yield Rows(*rows(step), None)
+      ahead = max(_ORDERED // size, 1)
+      for step in itertools.count(first, ahead):
+        many = rows(step, ahead)
+        for i in range(0, ahead * size, size):
+          yield Rows(*(x[i:i + size] for x in many), None)
     records = source.shuffled(data_seed, first * size, **processes)
     while True:
       yield _columns(itertools.islice(records, size))
@@ -333,14 +338,16 @@ def _numpy_images(job, start, count):
             chosen.records or [None] * len(index)), strict=True)
         none = np.zeros(shape, np.uint8), 0
         images, labels = zip(*(f or none for f in found), strict=True)
+        images = np.stack(images)
         ok = np.array([f is not None for f in found])
         failures = {row: t for row, t in enumerate(tried) if t}
       else:
-        images = [preprocess(p, ops, shape[-1], d) for p, d in zip(
-            source.read(index), draws, strict=True)]
+        pixels = ops_numpy.to_channels(source.read(index), shape[-1])
+        views = [ops_.views(ops, *pixels.shape[1:3], d) for d in draws]
+        images = ops_numpy.apply_batch(pixels, ops, views)
         labels, ok = source.labels[index], np.ones(len(index), bool)
         failures = {}
-      yield np.stack(images), np.array(labels, np.int32), ok, failures
+      yield images, np.array(labels, np.int32), ok, failures
 
 
 def no_images(shape):

@@ -12,6 +12,7 @@ from vit_jax import __main__ as command_line
 from vit_jax import chips
 from vit_jax import devices
 from vit_jax import errors
+from vit_jax import experiment
 from vit_jax import sharding
 from vit_jax.commands import bench_step
 
@@ -82,6 +83,25 @@ def test_plain_trains_the_same_model(cache, one_device):
     # Adam's first step is lr times the gradient's sign, which rounding
     # decides where it is about 0: nearly all agree.
     np.testing.assert_array_less(np.mean(np.abs(a - b) > 1e-5), 0.02)
+
+
+def test_the_loop_takes_the_batches_of_a_run(cache, one_device, monkeypatch):
+  seen = []
+  c = config(cache)
+  run = experiment.create(experiment.checked(c))
+  expected = run.train_batches()
+  compiled = run.compile_step()
+  def step(state, batch, hypers):
+    seen.append(jax.device_get(batch))
+    return compiled(state, batch, hypers)
+  monkeypatch.setattr(
+      experiment.Experiment, 'compile_step', lambda self: step)
+  loop = bench_step.loop(c, None)['loop']
+  loop(2)
+  loop(1)
+  assert len(seen) == 3
+  for batch in seen:
+    jax.tree.map(np.testing.assert_array_equal, batch, next(expected))
 
 
 @pytest.mark.parametrize('changes, match', [

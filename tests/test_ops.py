@@ -93,6 +93,20 @@ def test_pad_crop_reaches_every_place():
   assert out.sum() == 36 and not out[:2].any() and not out[:, 6:].any()
 
 
+@pytest.mark.parametrize('line', [
+    'pad_crop(8, 2)|flip_lr', 'resize_small(7)|central_crop(6)',
+    'inception_crop(6)|pad_crop(7, 1)|flip_lr'])
+def test_a_batch_is_its_images(line):
+  parsed = ops.parse(line)
+  images = np.stack([_image(9, 11, 3, seed) for seed in range(5)])
+  views = [ops.views(parsed, 9, 11, draws)
+           for draws in ops.draw(parsed, 0, 0, np.arange(5))]
+  np.testing.assert_array_equal(
+      ops_numpy.apply_batch(images, parsed, views),
+      [ops_numpy.apply(*rest) for rest in zip(
+          images, [parsed] * 5, views, strict=True)])
+
+
 def test_inception_crop_gives_up_on_extreme_images():
   crop = ops.parse('inception_crop(8, 90, 100)')
   view, = ops.views(crop, 10, 1000, ops.draw(crop, 0, 0, [0])[0])

@@ -88,6 +88,16 @@ def test_process_count_does_not_matter(epoch):
     np.testing.assert_array_equal(whole, np.concatenate(parts, axis=1))
 
 
+@pytest.mark.parametrize('epoch', ['exact', 'floor'])
+def test_several_steps_at_once(epoch):
+  kwargs = dict(num_examples=37, global_batch_size=12, epoch=epoch, repeats=2,
+                process_index=1, process_count=3)
+  one_by_one = [order.batch_examples(1, step, **kwargs) for step in range(3, 9)]
+  np.testing.assert_array_equal(
+      order.batch_examples(1, 3, steps=6, **kwargs),
+      np.concatenate(one_by_one, axis=1))
+
+
 @pytest.mark.parametrize('repeats', [2, 3, 7])
 @pytest.mark.parametrize('n', [1, 10, 37])
 def test_repeats(n, repeats):

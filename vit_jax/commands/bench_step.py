@@ -14,6 +14,9 @@ float32) and against the data sheet, where `chips` has it.
 
 --versus also times, in turns with ours, and prints how many times as fast ours
 is, as the median of the ratios within a turn:
+  loop    the training loop, with the input pipeline and its data beside the
+          step, without evaluation and checkpoints; 40 steps a turn unless
+          --steps says otherwise: two batches wait when a turn begins
   plain   the same model with optax.adamw in a step of the fewest lines, on one
           device, without mesh, augmentation and averages
   timm    timm's VisionTransformer of the same shape and torch's fused AdamW, on
@@ -23,7 +26,7 @@ is, as the median of the ratios within a turn:
 
 Flags:
   --config FILE[:arg=value,...]  and  --config.a.b=value
-  --versus NAME,...  plain, timm
+  --versus NAME,...  loop, plain, timm
   --batch N          examples, over all devices; 0: the config's (0)
   --rounds N         turns that count; one more warms up (10)
   --steps N          steps of a turn; 0: 1 on a CPU, else 10 (0)
@@ -38,12 +41,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import input_pipeline
 from vit_jax import chips
 from vit_jax import choices
 from vit_jax import complexity
 from vit_jax import config as config_lib
 from vit_jax import devices
 from vit_jax import experiment
+from vit_jax import pace
 from vit_jax import profiler
 from vit_jax import program as program_lib
 from vit_jax import sharding
@@ -65,7 +70,8 @@ def main(argv):
   others = {}
   for name in args.versus:
     others |= VERSUS[name](args.config, made)
-  print('\n'.join(report(made, others, args.rounds, args.steps)))
+  steps = args.steps or (40 if 'loop' in args.versus else 0)
+  print('\n'.join(report(made, others, args.rounds, steps)))
   return 0
 
 
@@ -233,6 +239,31 @@ def _matmul(mesh):
   return run, 2 * size ** 3
 
 
+def loop(config, made):
+  """{'loop': ...}: as `train` goes on between evaluations.
+
+  Raises:
+    ValueError, OSError: the data is not here, or bad.
+  """
+  del made  # its sizes are those of the data that is here
+  run = experiment.create(experiment.checked(config))
+  step, state = run.compile_step(), run.init_fn(run.hypers['key'])
+  batches = input_pipeline.to_device.prefetch(
+      run.train_batches(), sharding.batch(run.mesh), config.prefetch)
+  speed, done = pace.Pace(), 0
+
+  def go(steps=1):
+    nonlocal state, done
+    for _ in range(steps):
+      state, metrics = step(state, speed.next(batches, state.step), run.hypers)
+      done += 1
+      if run.log_due(done):
+        jax.device_get(metrics)
+    jax.block_until_ready((state, metrics))
+
+  return {'loop': go}
+
+
 def plain(config, made):
   """{'plain': ...}: what one would write by hand; see the module's text."""
   if made.mesh.size > 1:
@@ -339,4 +370,4 @@ def timm(config, made):
       'timm comp.cl': form(True, torch.channels_last, compiled=True)}
 
 
-VERSUS = {'plain': plain, 'timm': timm}
+VERSUS = {'loop': loop, 'plain': plain, 'timm': timm}
