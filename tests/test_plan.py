@@ -155,6 +155,16 @@ def test_loops_count_as_often_as_they_run():
   gather = jax.jit(lambda x: x * 2, in_shardings=split, out_shardings=whole)
   text = gather.lower(jnp.zeros((8, 128))).compile().as_text()
   assert collectives.of_program(text) == {'all-gather': (1, 4 * 8 * 128)}
+  # A TPU gathers beside matmuls, in several fusions that are one exchange.
+  part = lambda name, channel: f'''
+%{name} (p: bf16[8]) -> bf16[64] {{
+  ROOT %g.{name} = bf16[64]{{0}} all-gather(%p), channel_id={channel}
+}}'''
+  call = lambda name: f'  %{name}.1 = bf16[64]{{0}} fusion(%p), calls=%{name}\n'
+  text = ''.join([part('start', 5), part('beside', 5), part('done', 5),
+                  part('another', 6), '\nENTRY %main (p: bf16[8]) -> f32[] {\n',
+                  *map(call, ('start', 'beside', 'done', 'another')), '}'])
+  assert collectives.of_program(text) == {'all-gather': (2, 2 * 128)}
   # A ring of 8 sends 7/8 of an array, an all-reduce twice as much.
   assert collectives.seconds(
       {'all-gather': (1, 800), 'all-reduce': (1, 800)}, 8, 100.) == 21

@@ -11,6 +11,7 @@ import numpy as np
 _KINDS = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all',
           'collective-permute')
 _OP = re.compile(rf'=\s+(\(.*?\)|\S+)\s+({"|".join(_KINDS)})(-start)?\(')
+_CHANNEL = re.compile(r'channel_id=(\d+)')
 _TYPE = re.compile(r'\b(pred|bf16|[suf]\d+|f8\w*)\[([\d,]*)\]')
 _COMPUTATION = re.compile(r'^(ENTRY\s+)?%?([\w.\-]+)\s+\(.*->.*\{\s*$')
 _CALLS = re.compile(
@@ -34,10 +35,17 @@ def of_program(text):
   """
   bodies, entry = _computations(text)
 
-  def total(name, seen):
-    found = collections.Counter()
+  def total(name, seen, channels=None):
+    # `channels`: in a fusion, those of its caller's other fusions. What runs
+    # beside matmuls on a TPU stands in several: where it starts, in each matmul
+    # and where it is done.
+    found, of_fusions = collections.Counter(), set()
     for line in bodies.get(name, ()):
-      if match := _OP.search(line):
+      match = _OP.search(line)
+      channel = channels is not None and _CHANNEL.search(line)
+      if match and not (channel and channel[1] in channels):
+        if channel:
+          channels.add(channel[1])
         kind, sizes = match[2], [_bytes(*t) for t in _TYPE.findall(match[1])]
         # What begins, to be done later, returns its argument, too.
         size = max(sizes) if match[3] and kind != 'all-reduce' else sum(sizes)
@@ -49,10 +57,12 @@ def of_program(text):
         found[kind, 'bytes'] += size
       loop = re.search(r'condition=%?([\w.\-]+), body=%?([\w.\-]+)', line)
       trips = _trips(bodies, *loop.groups(), line) if loop else 1
+      inner_channels = of_fusions if ' fusion(' in line else None
       for one, several in _CALLS.findall(line):
         for inner in {one} if one else set(re.findall(r'[\w.\-]+', several)):
           if inner in bodies and inner not in seen:
-            for key, value in total(inner, seen | {inner}).items():
+            for key, value in total(
+                inner, seen | {inner}, inner_channels).items():
               found[key] += trips * value
     return found
 
