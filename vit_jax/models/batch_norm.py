@@ -6,10 +6,7 @@ array, and linen's BatchNorm takes statistics of all of it. In groups they are
 the paper's on any number of devices, and those of neither a larger batch nor a
 smaller machine; and normalisation needs no communication between devices.
 """
-import math
-
 from flax import linen as nn
-from flax.linen.spmd import RulesFallback
 import jax
 import jax.numpy as jnp
 
@@ -49,29 +46,31 @@ class GroupedBatchNorm(nn.Module):
     running_mean = self.variable('batch_stats', 'mean', jnp.zeros, features)
     running_var = self.variable('batch_stats', 'var', jnp.ones, features)
 
-    y = x.reshape(-1, self.group, *x.shape[1:])  # [G, group, ..., D]
-    # The devices get whole groups where there are enough for all. Where there
-    # are not, the partitioner reduces over the devices that share a group.
-    if y.shape[0] % _shards('batch') == 0:
-      y = nn.with_logical_constraint(
-          y, ('batch', *[None] * (y.ndim - 1)),
-          fallback=RulesFallback.RAISE_ERROR)
-    y = y.astype(jnp.float32)
+    y = x.astype(jnp.float32)
     axes = tuple(range(1, y.ndim - 1))
-    # Both moments in one pass over the activations, as in linen; rounding may
-    # take their difference below zero.
-    mean = y.mean(axes, keepdims=True)
-    var = jnp.square(y).mean(axes, keepdims=True) - jnp.square(mean)
+
+    def of_groups(moments):  # [B, D] -> [G, D]
+      return moments.reshape(-1, self.group, *features).mean(1)
+
+    def of_examples(values):  # [G, D] -> [B, ..., D]
+      return jnp.expand_dims(jnp.repeat(values, self.group, axis=0), axes)
+
+    # Moments of examples first: it is not the activations that are cut into
+    # groups. A TPU, where B may be the fastest axis in memory, would copy them.
+    # Both moments in one pass, as in linen; rounding may take their difference
+    # below zero.
+    mean = of_groups(y.mean(axes))
+    var = of_groups(jnp.square(y).mean(axes)) - jnp.square(mean)
     var = jnp.maximum(var, 0.0)
     if not self.is_initializing():
       for running, moment in ((running_mean, mean), (running_var, var)):
-        new = moment.reshape(-1, *features).mean(axis=0)
-        running.value = (
-            self.momentum * running.value + (1 - self.momentum) * new)
+        running.value = (self.momentum * running.value
+                         + (1 - self.momentum) * moment.mean(0))
 
-    broadcast = lambda v: v.reshape((1,) * (y.ndim - 1) + features)
-    y = (y - mean) * (jax.lax.rsqrt(var + self.epsilon) * broadcast(scale))
-    return (y + broadcast(bias)).reshape(x.shape).astype(self.dtype)
+    inverse = jax.lax.rsqrt(var + self.epsilon) * scale[None]
+    bias = bias.reshape((1,) * (y.ndim - 1) + features)
+    y = (y - of_examples(mean)) * of_examples(inverse) + bias
+    return y.astype(self.dtype)
 
 
 def group(model: nn.Module) -> int | None:
@@ -104,13 +103,3 @@ def check_group(group: int, name: str, size: int) -> None:
       f'The nearest groups that do: {" and ".join(map(str, below + above))} '
       f'(0: the whole batch); the nearest batches: {batch} and '
       f'{batch + group}.')
-
-
-def _shards(axis: str) -> int:
-  """Over how many devices a logical axis is divided where this is traced."""
-  if not nn.get_logical_axis_rules():
-    return 1
-  (names,) = nn.logical_to_mesh_axes((axis,))
-  mesh = jax.sharding.get_abstract_mesh()
-  names = (names,) if isinstance(names, str) else names or ()
-  return math.prod(mesh.shape.get(name, 1) for name in names)
