@@ -3,6 +3,7 @@ import ast
 import glob
 import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import pytest
 
 from tests import runs
 from vit_jax import __main__ as command_line
+from vit_jax import config as config_lib
 
 
 def imports(path):
@@ -59,6 +61,54 @@ def test_every_command_has_a_module_and_says_how_to_call_it():
   for name, (module, line) in command_line.COMMANDS.items():
     text = command_line.docstring(module)
     assert line and (f'vit-jax {name}' in text or 'train.py' in text), name
+
+
+def commands_of(text):
+  """(command, its arguments) of what a text's ```sh blocks and `code` run."""
+  blocks = re.findall(r'^```sh\n(.*?)^```', text, re.S | re.M)
+  inline = re.findall(r'`((?:vit-jax|bench) [^`]*--[^`]*)`', text)
+  for name, value in SHELL.items():
+    blocks = [block.replace(f'${name}', value) for block in blocks]
+  lines = '\n'.join(blocks).replace('\\\n', ' ').splitlines() + inline
+  for line in lines:
+    line = re.sub(r'python vit_jax/train.py|vit-jax train \.\.\.',
+                  'vit-jax train', line)
+    for part in re.split(r'[;&]|\|\|', line.replace('\n', ' ')):
+      match = re.match(r'.*?\b(vit-jax|bench) ([a-z-]+)(.*)', part)
+      # Quotes that are still open are another program's.
+      if match and match[3].count("'") % 2 == 0 == match[3].count('"') % 2:
+        command = 'bench' if match[1] == 'bench' else match[2]
+        arguments = shlex.split(match[3], comments=True)
+        yield command, ([match[2]] if match[1] == 'bench' else []) + arguments
+
+
+# What loops in the README's commands set.
+SHELL = {'stem': 'conv', 'opt': 'adamw', 'seed': '0', 'few': 'classes=5-9',
+         'aug"': '--config.augment="'}
+
+
+def test_commands_of_the_readme_have_such_flags_and_keys():
+  with open(os.path.join(runs.ROOT, 'README.md')) as f:
+    found = list(commands_of(f.read()))
+  loaded = 0
+  for command, arguments in found:
+    module = command_line.COMMANDS[command][0]
+    help_ = command_line.docstring(
+        f'{module}_{arguments[0]}'.replace('-', '_') if command == 'bench'
+        else module)
+    config = []
+    for i, token in enumerate(arguments):
+      if token.startswith('--config'):
+        config += arguments[i:i + 1 + (token == '--config')]
+      elif token.startswith('--'):
+        assert token.split('=')[0] in help_, (command, token)
+    if '--config' not in config:  # it goes on from a line before
+      config = ['--config', 'configs/digits.py', *config]
+    if config[1].startswith('configs/') and 'studies' not in config[1]:
+      config[1] = os.path.join(runs.ROOT, config[1])
+      config_lib.parse_flags(['x', *config], lambda values: None)
+      loaded += 1
+  assert len(found) > 40 and loaded > 20, (len(found), loaded)
 
 
 @pytest.mark.parametrize('name', ['utils', 'lib', 'helpers', 'misc'])
