@@ -104,8 +104,9 @@ def test_commands_of_the_readme_have_such_flags_and_keys():
         assert token.split('=')[0] in help_, (command, token)
     if '--config' not in config:  # it goes on from a line before
       config = ['--config', 'configs/digits.py', *config]
-    if config[1].startswith('configs/') and 'studies' not in config[1]:
-      config[1] = os.path.join(runs.ROOT, config[1])
+    at = config.index('--config') + 1
+    if config[at].startswith('configs/'):
+      config[at] = os.path.join(runs.ROOT, config[at])
       config_lib.parse_flags(['x', *config], lambda values: None)
       loaded += 1
   assert len(found) > 40 and loaded > 20, (len(found), loaded)
