@@ -45,6 +45,8 @@ def config(model, **changes):
   c = recipes.base()
   if model == 'mixer':
     c.model = recipes.mixer('Mixer-micro')
+  elif model == 'bit':
+    c.model = recipes.bit('BiT-micro')
   else:
     c.model.update(size='micro', stem=model)
   c.update(global_batch_size=BATCH, total_steps=STEPS, augment='mixup(0.2)')
@@ -78,12 +80,12 @@ def mesh_of(**sizes):
   return {f'mesh.{axis}': size for axis, size in sizes.items()}
 
 
-def assert_same_run(one, other):
+def assert_same_run(one, other, atol=2e-5):
   assert np.ptp(one[0]) > 0.02, 'the head is still zero: nothing is shown'
   np.testing.assert_allclose(other[0], one[0], rtol=1e-5)
   for path, leaf in param_paths.flatten(one[1].params).items():
     np.testing.assert_allclose(
-        param_paths.flatten(other[1].params)[path], leaf, atol=2e-5,
+        param_paths.flatten(other[1].params)[path], leaf, atol=atol,
         err_msg=path)
 
 
@@ -104,6 +106,18 @@ def test_every_strategy_is_one_device(model, strategy):
   assert share <= held / whole <= share + 0.1 * (share < 1)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('sizes', [
+    dict(tensor=2), dict(data=2, fsdp=2, tensor=2)], ids=['tensor', 'all'])
+def test_a_resnet_is_divided_too(sizes):
+  one, other = train('bit'), train('bit', **mesh_of(**sizes))
+  # Its root, before a pool's maximum, turns rounding into more than others do.
+  assert_same_run(one, other, atol=5e-4)
+  kernel = other[1].params['stage_0_unit_00']['conv_2']['kernel']
+  assert kernel.addressable_shards[0].data.size == kernel.size // (
+      sizes.get('fsdp', 1) * 2)
+
+
 def test_arrays_lie_as_the_rules_say():
   mesh = sharding.create_mesh(dict(data=2, fsdp=2, tensor=2))
   spec = lambda path, *shape: sharding.spec(path, shape, mesh)
@@ -115,6 +129,11 @@ def test_arrays_lie_as_the_rules_say():
   assert spec(f'{block}/mlp/fc1/kernel', 64, 192) == P('fsdp', 'tensor')
   assert spec(f'{block}/mlp/fc1/bias', 192) == P('tensor')
   assert spec(f'{block}/mlp/fc2/kernel', 192, 64) == P('tensor', 'fsdp')
+  unit = 'stage_0_unit_00'
+  assert spec(f'{unit}/conv_1/kernel', 1, 1, 256, 64) == P(
+      None, None, 'fsdp', 'tensor')
+  assert spec(f'stem/resnet/{unit}/conv_2/kernel', 3, 3, 64, 64) == P(
+      None, None, 'tensor', 'fsdp')
   # Stacked: never over the blocks.
   assert spec('encoder/blocks/mlp/fc2/kernel', 48, 192, 64) == P(
       None, 'tensor', 'fsdp')

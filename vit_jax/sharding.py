@@ -4,7 +4,8 @@ Axes of the mesh:
   data    replicas: each holds all parameters, and sees a part of the batch
   fsdp    as data, but for parameters, averages and the optimizer's state, which
           are divided over it and gathered where they are used (ZeRO-3)
-  tensor  heads and MLPs are divided over it; all of it sees the same examples
+  tensor  heads, MLPs and channels are divided over it; all of it sees the same
+          examples
 Sharding is data: regexes of parameter paths -> the dimension that is divided,
 and logical names of activation axes -> mesh axes. Models know neither.
 """
@@ -27,13 +28,16 @@ MAX_BATCH = 2**24  # more is a slip
 # What the logical axes in `models` (see models/vit.py) are divided over.
 ACTIVATION_RULES = (('batch', BATCH), ('tokens', None), ('embed', None))
 # Path of a parameter -> its dimension that `tensor` divides, counted from the
-# back, where a scan adds none: heads, and the hidden layer of MLPs. What comes
-# after them is a sum over the axis (Megatron-LM, arXiv 1909.08053).
+# back, where a scan adds none: heads, the hidden layer of MLPs, the channels
+# between a bottleneck's first convolutions. What comes after them is a sum over
+# the axis (Megatron-LM, arXiv 1909.08053).
 TENSOR_RULES = (
-    (r'(query|key|value)/(kernel|bias)', -2),  # [D, K, h], [K, h]
-    (r'attention/out/kernel', -3),             # [K, h, D]
-    (r'fc1/(kernel|bias)', -1),                # [D, M], [M]
-    (r'fc2/kernel', -2),                       # [M, D]
+    (r'(query|key|value)/(kernel|bias)', -2),   # [D, K, h], [K, h]
+    (r'attention/out/kernel', -3),              # [K, h, D]
+    (r'fc1/(kernel|bias)', -1),                 # [D, M], [M]
+    (r'fc2/kernel', -2),                        # [M, D]
+    (r'stage_\d+_unit_\d+/conv_1/kernel', -1),  # [1, 1, 4n, n], of ResNets
+    (r'stage_\d+_unit_\d+/conv_2/kernel', -2),  # [3, 3, n, n]
 )
 # Smaller arrays are not worth a gather of their own: norms and biases.
 MIN_DIVIDED = 2**12
@@ -188,10 +192,10 @@ def spec(path, shape, mesh):
   for pattern, dimension in TENSOR_RULES if tensor > 1 else ():
     if re.search(f'(^|/){pattern}$', path):
       if shape[dimension] % tensor:
+        of = 'heads' if 'attention' in path else 'channels'
         raise ValueError(
             f'mesh.tensor={tensor} does not divide the {shape[dimension]} '
-            f'{"heads" if dimension < -1 and "fc" not in path else "units"} of '
-            f'{path} {tuple(shape)}.\nTake a divisor of it.')
+            f'{of} of {path} {tuple(shape)}.\nTake a divisor of it.')
       axes[dimension] = 'tensor'
   first = 1 if re.search('(^|/)blocks/', path) else 0
   free = [i for i in range(first, len(shape))
