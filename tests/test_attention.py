@@ -1,9 +1,13 @@
 """The forms of attention agree, on one device and on eight."""
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vit_jax import distributed
+from vit_jax import program
 from vit_jax import recipes
 from vit_jax import sharding
 from vit_jax import train_state
@@ -130,6 +134,17 @@ def test_a_kernel_that_computes_something_else_is_refused(monkeypatch):
   assert 'gradients differ by' in attention.refusal(cpu, 9, 2, 16, 'bfloat16')
   monkeypatch.setattr(attention, '_weights', lambda q, k: 1 / 0)
   assert attention.refusal(cpu, 9, 2, 16, 'bfloat16') == 'division by zero'
+
+
+def test_process_0_chooses_for_all(monkeypatch):
+  model = vit.create(size='S/16', stem='patchify', num_classes=2,
+                     dtype='bfloat16')
+  tpu = types.SimpleNamespace(devices=np.array([_Chip]), shape={'tensor': 1})
+  monkeypatch.setattr(attention, 'choose', lambda *args: 'pallas')
+  choose = lambda: program._attention(model, (224, 224, 3), tpu, 'tpu')
+  assert choose() == 'pallas'
+  monkeypatch.setattr(distributed, 'from_first', lambda value: False)
+  assert choose() == 'xla'
 
 
 def test_only_vits_have_attention():

@@ -56,7 +56,8 @@ def augmented(line, step=3, devices=1, **options):
   def both(batch, key, step):
     pixels = batch['image']
     if made.where == 'device':
-      pixels = made._pixels(pixels, key, step, 0, made.mesh)
+      pixels = made._pixels(
+          pixels, key, step, jnp.arange(len(pixels)), made.mesh)
     return made(batch, key, step), pixels
   with sharding.tracing(mesh):
     compiled = jax.jit(both).lower(*args).compile(

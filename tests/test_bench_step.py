@@ -43,7 +43,7 @@ def test_the_report(cache, one_device, monkeypatch):
       function(1)
     return {name: np.full(rounds, seconds[name]) for name in functions}
   monkeypatch.setattr(bench_step, 'measure', measure)
-  others = {'timm a': lambda steps: None, 'timm b': lambda steps: None}
+  others = lambda: dict.fromkeys(('timm a', 'timm b'), lambda steps: None)
   text = '\n'.join(bench_step.report(made, others, 3))
   assert calls == [(['ours', 'matmul', 'timm a', 'timm b'], 3, 1)]
   macs = int(re.search(r'([\d,]+) multiply-adds', text)[1].replace(',', ''))

@@ -17,6 +17,7 @@ from vit_jax import out_of_memory
 from vit_jax import program
 from vit_jax import recipes
 from vit_jax import sharding
+from vit_jax import tpu_topology
 from vit_jax.commands import plan
 
 IMAGENET = (1_281_167, 1000, (224, 224, 3))
@@ -60,9 +61,12 @@ def test_memory_is_what_the_tpu_compiler_says(case):
   assert needs.memory / 1e9 == pytest.approx(gigabytes, rel=0.15)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
+needs_libtpu = pytest.mark.skipif(
     not importlib.util.find_spec('libtpu'), reason='needs libtpu')
+
+
+@pytest.mark.slow
+@needs_libtpu
 def test_a_plan_for_tpus_that_are_not_here():
   c = config('S/16', 'conv', 32, dict(data=-1))
   c.input.num_train, c.input.num_classes = IMAGENET[:2]
@@ -151,23 +155,89 @@ def test_loops_count_as_often_as_they_run():
   compiled = jax.jit(fn, in_shardings=split, out_shardings=split).lower(
       jnp.zeros((8, 128))).compile()
   assert collectives.of_program(compiled.as_text()) == {
-      'all-reduce': (7, 7 * 4 * 128)}
+      'all-reduce': (7, 7 * 4 * 128, 7 * 2 * 7 * 4 * 128 // 8)}
   gather = jax.jit(lambda x: x * 2, in_shardings=split, out_shardings=whole)
   text = gather.lower(jnp.zeros((8, 128))).compile().as_text()
-  assert collectives.of_program(text) == {'all-gather': (1, 4 * 8 * 128)}
+  assert collectives.of_program(text) == {
+      'all-gather': (1, 4 * 8 * 128, 4 * 7 * 128)}
   # A TPU gathers beside matmuls, in several fusions that are one exchange.
   part = lambda name, channel: f'''
 %{name} (p: bf16[8]) -> bf16[64] {{
-  ROOT %g.{name} = bf16[64]{{0}} all-gather(%p), channel_id={channel}
+  ROOT %g.{name} = bf16[64]{{0}} all-gather(%p), channel_id={channel}, \
+replica_groups=mesh['axis_0'=8,'axis_1'=2], device_ids=([2,8]) {{'axis_0'}}
 }}'''
   call = lambda name: f'  %{name}.1 = bf16[64]{{0}} fusion(%p), calls=%{name}\n'
   text = ''.join([part('start', 5), part('beside', 5), part('done', 5),
                   part('another', 6), '\nENTRY %main (p: bf16[8]) -> f32[] {\n',
                   *map(call, ('start', 'beside', 'done', 'another')), '}'])
-  assert collectives.of_program(text) == {'all-gather': (2, 2 * 128)}
-  # A ring of 8 sends 7/8 of an array, an all-reduce twice as much.
-  assert collectives.seconds(
-      {'all-gather': (1, 800), 'all-reduce': (1, 800)}, 8, 100.) == 21
+  assert collectives.of_program(text) == {
+      'all-gather': (2, 2 * 128, 2 * 112)}
+  # A ring of 4 sends 3/4 of an array, an all-reduce twice as much.
+  found = collectives.of_sharding(
+      1, weights=800, kernels=400, others=0, activation=0,
+      sizes=dict(data=2, fsdp=4, tensor=1))
+  assert found == {
+      'all-gather': (2, 1600, 1200), 'reduce-scatter': (1, 400, 300),
+      'all-reduce': (1, 100, 100)}
+  assert collectives.seconds(found, 100.) == 16
+
+
+def test_exchanges_of_micro_batches_and_frozen_layers():
+  exchanged = lambda mesh, **changes: estimate.of(
+      config('S/16', 'patchify', 32, dict(mesh), **changes), *IMAGENET, 'tpu',
+      8).exchanged
+  four = dict(accumulation_steps=4)
+  for mesh in (dict(data=8), dict(fsdp=8)):
+    one, more = exchanged(mesh), exchanged(mesh, **four)
+    for kind in one:
+      assert more[kind].bytes == 4 * one[kind].bytes
+  # The head alone learns: its gradient is all that is reduced.
+  head = exchanged(dict(data=8), frozen=('(?!head/).*',))
+  assert head['all-reduce'].bytes == 2 * 384 * 1000 + 4 * 1000
+  # By `tensor` stem and head are not divided.
+  flops = lambda **mesh: estimate.of(
+      config('S/16', 'patchify', 32, mesh), *IMAGENET, 'tpu', 8).flops
+  # Twice the examples a device.
+  assert 1 < flops(data=4, tensor=2) / flops(data=8) < 1.02
+
+
+def test_no_kernel_where_heads_are_divided():
+  memory = lambda **changes: estimate.of(
+      config('S/16', 'patchify', 32, dict(data=4, tensor=2), **changes),
+      *IMAGENET, 'tpu', 8).memory
+  assert memory(**KERNEL) == memory()
+
+
+@needs_libtpu
+@pytest.mark.parametrize('name, mesh', [
+    ('v5e:4x4', dict(tensor=4)), ('v6e:4x4', dict(tensor=2)),
+    ('v5p:4x4x4', dict(tensor=4)), ('v5p:4x4x4', dict(fsdp=32)),
+    ('v6e:8x8', dict(fsdp=16)), ('v6e:16x16', dict(fsdp=32)),
+    ('v4:2x2x2', dict(fsdp=2, tensor=2))])
+def test_meshes_of_real_slices(name, mesh):
+  devices = tpu_topology.devices(name)
+  made = sharding.create_mesh({'data': -1} | mesh, devices)
+  assert {d.id for d in made.devices.flat} == {d.id for d in devices}
+  # A process reads the examples of its devices.
+  for group in made.devices.reshape(-1, made.shape['tensor']):
+    assert len({d.process_index for d in group}) == 1
+
+
+def test_a_compiler_that_gives_up_is_advised(monkeypatch):
+  def compile_step(self):
+    raise jax.errors.JaxRuntimeError(
+        'RESOURCE_EXHAUSTED: Used 17.5G of 15.75G hbm.')
+  monkeypatch.setattr(program.Program, 'compile_step', compile_step)
+  monkeypatch.setattr(
+      tpu_topology, 'devices', lambda name: jax.devices())
+  c = config('S/16', 'conv', 32, dict(data=-1))
+  c.input.num_train, c.input.num_classes = IMAGENET[:2]
+  c.input.update(source='tfds', path='imagenet2012:5.1.0',
+                 pp='decode|inception_crop(224)')
+  text = plan.compiled(c, 'v5e:2x4')
+  assert 'gives up: RESOURCE_EXHAUSTED: Used 17.5G' in text
+  assert '8 devices, an estimate)' in text
+  assert 'does not fit' in text and '--config.model.remat=full' in text
 
 
 def test_remedies_are_of_less_memory():

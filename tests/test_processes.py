@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 from etils import epath
 from etils.epath import gpath
@@ -190,6 +191,26 @@ def test_a_dead_or_missing_process_is_named(tmp_path):
     _, error = process.communicate(timeout=60)
     assert process.returncode == distributed.PEER_LOST, error
     assert 'error: no sign of life of process 2' in error, error
+
+
+def test_an_outage_of_the_file_system_is_nobodys_death(tmp_path, monkeypatch):
+  lost = []
+  monkeypatch.setattr(
+      distributed.Peers, '_give_up', lambda self, why: lost.append(why))
+  peers = [distributed.Peers(tmp_path, i, 2, timeout=2) for i in (0, 1)]
+  try:
+    time.sleep(0.6)
+    os.rename(tmp_path / distributed.FOLDER, tmp_path / 'away')
+    time.sleep(3)
+    os.rename(tmp_path / 'away', tmp_path / distributed.FOLDER)
+    time.sleep(1)
+    assert not lost
+    peers[1]._left.set()  # as if it were killed
+    time.sleep(3)
+    assert lost and 'process 1' in lost[0] and 'silent for' in lost[0]
+  finally:
+    for peer in peers:
+      peer.leave(None)
 
 
 @pytest.mark.parametrize('flags, match', [

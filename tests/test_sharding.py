@@ -3,6 +3,7 @@ import functools
 import os
 import re
 import shutil
+import types
 
 import jax
 from jax.sharding import PartitionSpec as P
@@ -116,6 +117,16 @@ def test_a_resnet_is_divided_too(sizes):
   kernel = other[1].params['stage_0_unit_00']['conv_2']['kernel']
   assert kernel.addressable_shards[0].data.size == kernel.size // (
       sizes.get('fsdp', 1) * 2)
+
+
+def test_rows_of_a_process_follow_the_mesh(monkeypatch):
+  mesh = sharding.create_mesh(dict(data=8))
+  np.testing.assert_array_equal(sharding.local_rows(mesh, 16), np.arange(16))
+  # The third and the first shard are of this process.
+  held = types.SimpleNamespace(addressable_devices_indices_map=lambda shape: {
+      'a': (slice(4, 6),), 'b': (slice(None, 2),)})
+  monkeypatch.setattr(sharding, 'batch', lambda mesh: held)
+  assert sharding.local_rows(mesh, 16).tolist() == [0, 1, 4, 5]
 
 
 def test_arrays_lie_as_the_rules_say():

@@ -4,7 +4,8 @@ The parts, micro-batches, are cut from the augmented batch, so that mixup pairs
 are those of the whole. Gradients are their mean, and so are the statistics of
 BatchNorm, which every part takes from where the step began: with groups
 (`models.batch_norm`) the step is that of the whole batch, up to rounding. Masks
-of dropout and stochastic depth are others.
+of dropout and stochastic depth are others. Each part reduces its gradients over
+the devices.
 """
 import jax
 import jax.numpy as jnp

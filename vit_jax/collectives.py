@@ -5,6 +5,7 @@ parallelism, ZeRO-3 and Megatron.
 """
 import collections
 import re
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,6 +22,21 @@ _KNOWN_TRIPS = re.compile(r'"?known_trip_count"?:\s*\{"n":"?(\d+)')
 _CONSTANT = re.compile(r'%([\w.\-]+) = [su]\d+\[\]\S* constant\((\d+)\)')
 
 
+class Exchange(NamedTuple):
+  """All collectives of a kind that a device runs in a step.
+
+  Attributes:
+    count: how many.
+    bytes: of the results (reduce-scatter: of the argument, as many times as
+      there are devices).
+    sent: bytes that a device sends where they go round in rings: an all-reduce
+      sends each byte twice, the others once, but for each device's own part.
+  """
+  count: int
+  bytes: int
+  sent: int
+
+
 def of_program(text):
   """Counts the collectives of a compiled program, loops as often as they run.
 
@@ -28,10 +44,8 @@ def of_program(text):
     text: HLO, `compiled.as_text()`.
 
   Returns:
-    {kind: (count, bytes)} of what each device runs in one call; bytes are those
-    of the results (reduce-scatter: of the argument, as many times as there are
-    devices). An all-reduce of which each device keeps its part, which TPUs fuse
-    with the cut, counts as reduce-scatter.
+    {kind: `Exchange`} of one call. An all-reduce of which each device keeps its
+    part, which TPUs fuse with the cut, counts as reduce-scatter.
   """
   bodies, entry = _computations(text)
 
@@ -49,12 +63,14 @@ def of_program(text):
         kind, sizes = match[2], [_bytes(*t) for t in _TYPE.findall(match[1])]
         # What begins, to be done later, returns its argument, too.
         size = max(sizes) if match[3] and kind != 'all-reduce' else sum(sizes)
+        devices = _group_size(line)
         if kind == 'reduce-scatter':
-          size *= _group_size(line)
+          size *= devices or 1
         elif 'all-reduce-scatter' in name:
           kind = 'reduce-scatter'
         found[kind, 'count'] += 1
         found[kind, 'bytes'] += size
+        found[kind, 'sent'] += _sent(kind, size, devices)
       loop = re.search(r'condition=%?([\w.\-]+), body=%?([\w.\-]+)', line)
       trips = _trips(bodies, *loop.groups(), line) if loop else 1
       inner_channels = of_fusions if ' fusion(' in line else None
@@ -67,7 +83,7 @@ def of_program(text):
     return found
 
   found = total(entry, {entry})
-  return {kind: (found[kind, 'count'], found[kind, 'bytes'])
+  return {kind: Exchange(*(round(found[kind, of]) for of in Exchange._fields))
           for kind in _KINDS if found[kind, 'count']}
 
 
@@ -104,51 +120,58 @@ def _trips(bodies, condition, body, line):
   return int(limit[0][1]) // max(steps, default=1)
 
 
-def of_sharding(blocks, kernels, others, sizes, activation, passes=2):
+def of_sharding(blocks, weights, kernels, others, sizes, activation, steps=1):
   """What a training step has to exchange, from how its arrays are divided.
 
   Args:
     blocks: number of blocks.
-    kernels: bytes of all gradients and weights in the dtype of matmuls.
+    weights: bytes of the kernels, in the dtype of matmuls.
+    kernels: bytes of the gradients of those that are trained.
     others: bytes of the gradients of all else.
     sizes: of the mesh's axes.
-    activation: bytes of [B, N, D] on a device, in the dtype of matmuls.
-    passes: how often weights are gathered: forward and backward.
+    activation: bytes of [B, N, D] of a micro-batch on a device.
+    steps: micro-batches of a batch. Each gathers the weights, forward and
+      backward, and reduces its gradients: XLA has no sum that waits for it.
 
   Returns:
-    {kind: (count, bytes)}; see `of_program`. Counts are those of arrays or
-    blocks that are exchanged one by one; compilers merge some.
+    {kind: `Exchange`}. Counts are those of arrays or blocks that are exchanged
+    one by one; compilers merge some.
   """
-  found = {}
-  whole = (kernels + others) / sizes['tensor']
-  if sizes['fsdp'] > 1:
-    found['all-gather'] = passes * blocks, passes * kernels / sizes['tensor']
-    found['reduce-scatter'] = blocks, kernels / sizes['tensor']
-    whole = kernels / sizes['tensor'] / sizes['fsdp'] * (
-        sizes['data'] > 1) + others
-  reduced = whole if sizes['data'] * sizes['fsdp'] > 1 else 0
-  if sizes['tensor'] > 1:
-    # Behind attention and MLP, forward; in front of them, backward.
-    reduced += 4 * blocks * activation
-  if reduced:
-    found['all-reduce'] = (
-        blocks + 4 * blocks * (sizes['tensor'] > 1), reduced)
-  return {kind: (count, round(size)) for kind, (count, size) in found.items()}
+  data, fsdp, tensor = (sizes[axis] for axis in ('data', 'fsdp', 'tensor'))
+  found = collections.defaultdict(list)
+
+  def add(kind, count, size, devices):
+    if devices > 1 and size:
+      found[kind].append((count, size, _sent(kind, size, devices)))
+
+  blocks *= steps
+  weights, kernels = steps * weights / tensor, steps * kernels / tensor
+  add('all-gather', 2 * blocks, 2 * weights, fsdp)
+  if fsdp > 1:
+    add('reduce-scatter', blocks, kernels, fsdp)
+    kernels /= fsdp
+  add('all-reduce', blocks, kernels, data)
+  add('all-reduce', steps, steps * others, data * fsdp)
+  # Behind attention and MLP, forward; in front of them, backward.
+  add('all-reduce', 4 * blocks, 4 * blocks * activation, tensor)
+  return {kind: Exchange(*(round(sum(n)) for n in zip(*several, strict=True)))
+          for kind, several in found.items()}
 
 
-def seconds(found, devices, network):
+def seconds(found, network):
   """The least time that exchanges take, nothing else running beside them.
 
-  Rings: an all-reduce sends each byte twice, the others once.
-
   Args:
-    found: {kind: (count, bytes)}.
-    devices: that take part.
-    network: bytes/s of one, in one direction.
+    found: {kind: `Exchange`}.
+    network: bytes/s of a device, in one direction.
   """
-  share = (devices - 1) / devices
-  return sum((2 if kind == 'all-reduce' else 1) * share * size / network
-             for kind, (_, size) in found.items())
+  return sum(exchange.sent for exchange in found.values()) / network
+
+
+def _sent(kind, size, devices):
+  """Bytes that a device sends; `devices` in its ring, None: many."""
+  share = (devices - 1) / devices if devices else 1
+  return (2 if kind == 'all-reduce' else 1) * share * size
 
 
 def _bytes(dtype, shape):
@@ -159,9 +182,12 @@ def _bytes(dtype, shape):
 
 
 def _group_size(line):
-  """Devices in a group of a collective."""
+  """Devices in a group of a collective, None where that is not said."""
   if match := re.search(r'replica_groups=\[(\d+),(\d+)\]', line):
     return int(match[2])
   if match := re.search(r'replica_groups=\{\{([\d,]+)\}', line):
     return len(match[1].split(','))
-  return 1
+  if match := re.search(r'replica_groups=mesh\[(.*?)\].*?\{(.*?)\}', line):
+    sizes = dict(axis.split('=') for axis in match[1].split(','))
+    return int(np.prod([int(sizes[axis]) for axis in match[2].split(',')]))
+  return None

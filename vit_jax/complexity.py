@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Row(NamedTuple):
@@ -45,22 +46,23 @@ class Complexity:
   rows: tuple[Row, ...]
 
 
-def of(model, image_size: int, channels: int = 3) -> Complexity:
-  """Counts a model's cost for one square image, in evaluation mode.
+def of(model, image_size: int | tuple[int, int],
+       channels: int = 3) -> Complexity:
+  """Counts a model's cost for one image, in evaluation mode.
 
   Nothing is allocated: everything goes through shapes.
 
   Args:
     model: a linen module, `model.apply(variables, images, train=False)`.
-    image_size: H and W, pixels.
+    image_size: (H, W), or one number for both, pixels.
     channels: of the image.
 
   Returns:
     `Complexity`; its rows are the modules that have parameters, convolutions or
     matmuls, in order of execution. Running statistics are not parameters.
   """
-  images = jax.ShapeDtypeStruct(
-      (1, image_size, image_size, channels), jnp.float32)
+  height, width = np.broadcast_to(image_size, 2).tolist()
+  images = jax.ShapeDtypeStruct((1, height, width, channels), jnp.float32)
 
   def init(key, images):
     return model.init(key, images, train=False)

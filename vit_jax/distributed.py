@@ -8,6 +8,7 @@ workdir is the one place that all have to share anyway, for the checkpoints;
 one that they do not share shows up here, too. Clocks are not compared: a file
 is alive if it changes.
 """
+import contextlib
 import ctypes
 import importlib.util
 import json
@@ -232,7 +233,8 @@ class Peers:
     print('error: the exchange of data between the processes failed; looking '
           f'for up to {self._timeout} s which of them is gone',
           file=sys.stderr, flush=True)
-    self._thread.join(timeout=self._timeout)
+    # Process 0 may have to find it first, and to say so.
+    self._thread.join(timeout=self._timeout + 5 * self._period)
 
   def _exit(self, code):
     sys.stdout.flush()
@@ -258,17 +260,22 @@ class Peers:
       return ''
 
   def _watch(self):
+    looked = time.monotonic()
     while not self._left.wait(self._period):
       try:
         self._beat()
         now = {i: self._read(i) for i in self._seen}
       except Exception:
-        # A file system that is away for a while is nobody's death.
         traceback.print_exc()
         continue
+      # A file system that is away for a while, by errors or by a long wait, is
+      # nobody's death: others could not write, either.
+      away = time.monotonic() - looked > 3 * self._period
+      looked = time.monotonic()
       for i, text in now.items():
-        if text != self._seen[i][0]:
-          self._seen[i] = text, time.monotonic(), True
+        old, _, alive = self._seen[i]
+        if text != old or away:
+          self._seen[i] = text, looked, alive or text != old
       lost = list(filter(None, map(self._why_lost, self._seen)))
       if lost and not self._left.is_set():
         self._give_up('; '.join(lost))
@@ -284,7 +291,7 @@ class Peers:
           content.get('why')
           or f'{_name(process, content)} ended with exit code '
           f'{content["left"]}')
-    if still < 0.6 * self._timeout:
+    if still < self._timeout:
       return None
     if not alive:
       return f'no sign of life of process {process} within {still:.0f} s'
@@ -294,7 +301,8 @@ class Peers:
     print(f'error: {why}.\n  Its own log says more. Then start all processes '
           'again: they resume. (--workdir has to be one folder for all; '
           '--peer_timeout_seconds is how long they wait.)', file=sys.stderr)
-    self._beat(left=PEER_LOST, why=why)
+    with contextlib.suppress(Exception):  # a file system that is away
+      self._beat(left=PEER_LOST, why=why)
     self._exit(PEER_LOST)
 
   def _abort(self, number):

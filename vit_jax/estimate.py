@@ -23,6 +23,9 @@ from vit_jax import sharding
 from vit_jax import train_state
 from vit_jax.models import batch_norm
 
+# Paths of what `sharding.TENSOR_RULES` divide.
+_DIVIDED = r'attention|mlp|unit_\d+/conv_[12]'
+
 
 class Needs(NamedTuple):
   """Bytes and operations of one device and one step.
@@ -33,7 +36,7 @@ class Needs(NamedTuple):
     rest: bytes of averages, statistics and the batch.
     temporaries: bytes of activations and gradients, where they are most.
     flops: operations of matmuls and convolutions, two a multiply-add.
-    exchanged: {kind: (count, bytes)}, see `collectives`.
+    exchanged: {kind: `collectives.Exchange`}.
   """
   params: int
   optimizer: int
@@ -71,6 +74,8 @@ def of(config, num_train, num_classes, image_shape, platform, devices):
   accumulation.check(config.accumulation_steps, config.global_batch_size,
                      batch_norm.group(model), mesh)
   own = _of_one_device(config, shards)
+  if sizes['tensor'] > 1 and own.model.get('attention') == 'auto':
+    own.model.attention = 'xla'  # as `program` chooses on such a mesh
   one = sharding.create_mesh({}, jax.local_devices()[:1])
   program = program_lib.create(
       own, max(num_train // shards, own.global_batch_size), num_classes,
@@ -88,20 +93,23 @@ def of(config, num_train, num_classes, image_shape, platform, devices):
   # Of the parameters of a scanned model each step of the loop sees one.
   shapes |= {shape[1:] for shape in shapes}
   divide = sizes['fsdp'] * sizes['tensor']
-  flops = 2 * sum(row.macs for row in complexity.of_jaxpr(jaxpr))
+  flops = 2 * sum(
+      row.macs / (sizes['tensor'] if re.search(_DIVIDED, row.path) else 1)
+      for row in complexity.of_jaxpr(jaxpr))
   item = 2 if program.model.dtype == 'bfloat16' else 4
 
   def size(aval, path):
     bytes_ = liveness.nbytes(aval)
     if getattr(aval, 'shape', ()) in shapes:
       return bytes_ // divide  # gradients
-    if re.search('attention|mlp', path) and not re.search(
-        r'norm|(attention/out|fc2)$', path):
+    if re.search(_DIVIDED, path) and not re.search(
+        r'norm|(attention/out|fc2|conv_2)$', path):
       return bytes_ // sizes['tensor']
     return bytes_
 
   flat = param_paths.flatten(program.variables['params'])
   kernels = [leaf for leaf in flat.values() if leaf.ndim > 1]
+  trained = jax.tree.leaves(program.trained)
   blocks = getattr(program.model, 'depth', 1)
   micro = own.global_batch_size // own.accumulation_steps
   tokens, width, hidden = _stream(program.model, image_shape)
@@ -120,11 +128,12 @@ def of(config, num_train, num_classes, image_shape, platform, devices):
       rest=total((held.ema, held.batch_stats)) + total(
           jax.tree.map(liveness.nbytes, batch)),
       temporaries=liveness.peak(jaxpr, size) + gathered,
-      flops=flops // sizes['tensor'],
+      flops=round(flops),
       exchanged=collectives.of_sharding(
           blocks, item * sum(leaf.size for leaf in kernels),
-          4 * sum(leaf.size for leaf in flat.values() if leaf.ndim <= 1),
-          sizes, micro * item * tokens * width, 2 * own.accumulation_steps))
+          item * sum(leaf.size for leaf in trained if leaf.ndim > 1),
+          4 * sum(leaf.size for leaf in trained if leaf.ndim <= 1),
+          sizes, micro * item * tokens * width, own.accumulation_steps))
 
 
 def _of_one_device(config, shards):

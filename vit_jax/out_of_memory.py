@@ -65,7 +65,8 @@ def figures(config, args=None, most=3):
 def advise(config, figures=None):
   """Settings that need less memory and are not on yet, the cheapest first.
 
-  All but the last one leave what is computed as it is, up to rounding.
+  All but the last two leave what is computed as it is, up to rounding, and to
+  dropout's masks with micro-batches; those two are for a new run, or a fork.
 
   Args:
     config: ConfigDict with the keys of `recipes.base`.
@@ -103,8 +104,8 @@ def _settings(config, devices):
         'keeps the inputs of blocks only; a forward more: a third slower')
   if c['optimizer.momentum_dtype'] == 'float32':
     settings['optimizer.momentum_dtype=bfloat16'] = (
-        '2 bytes a parameter less')
+        '2 bytes a parameter less; --fork if the run has begun')
   if batch > 1:
     settings[f'global_batch_size={batch // 2}'] = (
-        'half the activations; another experiment: adapt optimizer.lr')
+        'half the activations; adapt optimizer.lr; --fork if the run has begun')
   return settings

@@ -168,5 +168,7 @@ def _attention(model, image_shape, mesh, platform):
     return 'xla'
   if device.platform != 'tpu':  # an estimate: nothing can be tried
     return 'pallas' if tokens <= attention.MAX_TOKENS else 'xla'
-  return attention.choose(
+  form = attention.choose(
       device, tokens, model.heads, model.stem.width, model.dtype)
+  # Process 0, whose device it is, has also run the kernel.
+  return 'pallas' if distributed.from_first(form == 'pallas') else 'xla'

@@ -16,6 +16,7 @@ import re
 
 from flax import linen as nn
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -65,9 +66,26 @@ def create_mesh(config, devices=None):
         'mesh.fsdp.')
   # Auto: the compiler places what we leave open. Explicit, today's default,
   # rejects linen's concatenation of the class token.
-  return jax.make_mesh(
-      sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES),
-      devices=devices)
+  return jax.sharding.Mesh(
+      _placed(devices, sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _placed(devices, sizes):
+  """Devices as an array [data, fsdp, tensor].
+
+  As suits the chips' network, unless `tensor` would reach over processes, each
+  of which reads the examples of its devices; several slices, which have no such
+  network between them, one after the other.
+  """
+  of_slice = lambda d: getattr(d, 'slice_index', 0) or 0
+  if len({of_slice(d) for d in devices}) == 1:
+    placed = mesh_utils.create_device_mesh(
+        sizes, devices, allow_split_physical_axes=True)
+    owners = np.vectorize(lambda d: d.process_index)(placed)
+    if (owners == owners[..., :1]).all():
+      return placed
+  order = sorted(devices, key=lambda d: (of_slice(d), d.process_index, d.id))
+  return np.array(order).reshape(sizes)
 
 
 def mesh_sizes(config, devices):
@@ -104,6 +122,17 @@ def replicated(mesh):
 def batch(mesh):
   """The sharding of batches: their leading axis over the axes BATCH."""
   return NamedSharding(mesh, P(BATCH))
+
+
+def local_rows(mesh, batch_size):
+  """int32 [b]: which rows of a batch this process holds, in their order.
+
+  On TPUs they need not follow each other: the mesh goes as the network does.
+  """
+  parts = batch(mesh).addressable_devices_indices_map((batch_size,)).values()
+  rows = np.arange(batch_size, dtype=np.int32)
+  return np.concatenate([rows[start:start + batch_size // batch_shards(mesh)]
+                         for start in sorted({p.start or 0 for (p,) in parts})])
 
 
 def batch_shards(mesh):

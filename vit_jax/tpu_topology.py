@@ -39,7 +39,10 @@ def devices(name):
   from jax.experimental import topologies
   try:
     with _environment():
-      found = topologies.get_topology_desc(platform='tpu', topology_name=name)
+      # JAX has one device a chip: a v4's two cores work as one.
+      found = topologies.get_topology_desc(
+          platform='tpu', topology_name=name,
+          **({'chip_config_name': 'megacore'} if name.startswith('v4') else {}))
   except jax.errors.JaxRuntimeError as e:
     cause = str(e).splitlines()[0]
     if 'lockfile' in str(e):

@@ -170,12 +170,13 @@ def train_and_evaluate(config, workdir, fork='', overfit_batch=False,
       with speed.pause():
         if eval_due(step):
           results = evals.run(state, step, writer, stop)
-        if run.checkpoint_due(step) or stop.requested():
+        stopped = stop.requested()  # once: what comes later is next step's
+        if run.checkpoint_due(step) or stopped:
           writer.sync()
           manager.save(state, results if eval_due(step) else None)
-      if stop.requested():
+      if stopped:
         manager.finish()
-        raise Stopped(f'{stop.requested()}: step {step} is saved')
+        raise Stopped(f'{stopped}: step {manager.latest_step()} is saved')
     manager.finish()
 
   metric_writer.plot_curves(writer.rows, workdir)

@@ -186,11 +186,12 @@ class Augment:
     if images.dtype != np.uint8:
       raise ValueError(f'The images of a batch are {images.dtype}.\n'
                        'Give uint8, in [0, 255]; the step scales them.')
+    rows = jnp.arange(len(images), dtype=jnp.int32)
     if self.where == 'device':
-      images = self._pixels(images, key, step, 0, self.mesh)
+      images = self._pixels(images, key, step, rows, self.mesh)
     images = self.normalize(images)
     for place, op in self._of('floats'):
-      keys = self._keys(key, step, 0, len(images), place, self.mesh)
+      keys = self._keys(key, step, rows, place, self.mesh)
       images = jax.vmap(
           lambda image, key, op=op: op.apply(image, key, self.std))(
               images, keys)
@@ -212,9 +213,9 @@ class Augment:
     device = jax.local_devices(backend='cpu')[0]
 
     @jax.jit
-    def run(images, data, step, first_row):
+    def run(images, data, step, rows):
       key = jax.random.wrap_key_data(data, impl='threefry2x32')
-      return self._pixels(images, key, step, first_row, None)
+      return self._pixels(images, key, step, rows, None)
 
     def augmented(start_step=0):
       pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
@@ -222,10 +223,11 @@ class Augment:
           start_step=start_step)) as batches:
         for step, batch in enumerate(batches, start_step):
           images = batch['image']
-          first = jax.process_index() * len(images)
+          rows = sharding.local_rows(
+              self.mesh, len(images) * jax.process_count())
           size = len(images) // _pieces(len(images), os.cpu_count())
           jobs = [pool.submit(run, *jax.device_put(
-              (images[i:i + size], data, np.int32(step), np.int32(first + i)),
+              (images[i:i + size], data, np.int32(step), rows[i:i + size]),
               device)) for i in range(0, len(images), size)]
           yield {**batch, 'image': np.concatenate(
               [np.asarray(job.result()) for job in jobs])}
@@ -236,15 +238,14 @@ class Augment:
     return [(place, op) for place, op in enumerate(self.ops)
             if op.stage == stage]
 
-  def _pixels(self, images, key, step, first_row, mesh):
-    """The stage of pixels: uint8 [B, H, W, C]."""
+  def _pixels(self, images, key, step, rows, mesh):
+    """The stage of pixels: uint8 [B, H, W, C]; `rows` as `example_keys`."""
     for place, policy in self.policies.items():
-      keys = self._keys(key, step, first_row, len(images), place, mesh)
+      keys = self._keys(key, step, rows, place, mesh)
       images = op_policy.apply(policy, self.driver, images, keys, mesh)
     return images
 
-  def _keys(self, key, step, first_row, count, place, mesh):
-    rows = first_row + jnp.arange(count, dtype=jnp.int32)
+  def _keys(self, key, step, rows, place, mesh):
     keys = example_keys(key, step, rows, place)
     if mesh is None:
       return keys

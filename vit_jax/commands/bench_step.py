@@ -67,9 +67,8 @@ def main(argv):
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
   print(devices.summary(), flush=True)
   made = create(args.config, args.batch)
-  others = {}
-  for name in args.versus:
-    others |= VERSUS[name](args.config, made)
+  others = lambda: {k: f for name in args.versus
+                    for k, f in VERSUS[name](args.config, made).items()}
   steps = args.steps or (40 if 'loop' in args.versus else 0)
   print('\n'.join(report(made, others, args.rounds, steps)))
   return 0
@@ -112,7 +111,8 @@ def report(made, others, rounds, steps=0):
 
   Args:
     made: `Program`.
-    others: {name: function of no arguments that does a step and waits}.
+    others: returns {name: function of a number of steps, which does them and
+      waits}; called once ours is compiled and its memory is known.
     rounds: turns that count.
     steps: of a turn; 0: 1 on a CPU, else 10.
   """
@@ -124,12 +124,13 @@ def report(made, others, rounds, steps=0):
   run = stepper(made, compiled)
   run()
   memory, source = peak_memory(compiled, mesh)
+  others = others()
   matmul, matmul_flops = _matmul(mesh)
   times = measure({_OURS: run, _MATMUL: matmul, **others}, rounds, steps)
 
   ours = times[_OURS]
   macs = complexity.of(
-      made.model, made.image_shape[0], made.image_shape[2]).macs
+      made.model, made.image_shape[:2], made.image_shape[2]).macs
   flops = 6 * macs * batch_size / np.median(ours) / mesh.size
   ceiling = matmul_flops / np.median(times[_MATMUL])
   yield f'{batch_size} examples of {made.image_shape}, {macs:,} multiply-adds'

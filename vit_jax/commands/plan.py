@@ -89,34 +89,35 @@ def compiled(config, topology):
     ValueError: bad config or topology, or no compiler.
   """
   devices = tpu_topology.devices(topology)
-  kind = topology.partition(':')[0]
+  chip = chips.named(topology.partition(':')[0])
   num_train, num_classes, image_shape, _ = experiment.data_sizes(config)
   args = (num_train, num_classes, image_shape)
   mesh = sharding.create_mesh(config.mesh, devices)
   needs = estimate.of(config, *args, 'tpu', len(devices))
   begin = time.perf_counter()
-  note = ''
-  memory, cost, exchanged = needs.memory, {}, needs.exchanged
+  memory, cost, exchanged, fits = needs.memory, {}, needs.exchanged, False
   try:
     step = program.create(config, *args, mesh).compile_step()
   except jax.errors.JaxRuntimeError as e:
     if 'RESOURCE_EXHAUSTED' not in str(e) and 'memory' not in str(e):
       raise
     cause = str(e).strip().splitlines()[0]
+    who = 'an estimate'
     note = f'the compiler gives up: {cause[:200]}'
   else:
     stats = step.memory_analysis()
     memory = getattr(stats, 'peak_memory_in_bytes', 0) or (
         stats.argument_size_in_bytes + stats.temp_size_in_bytes)
     exchanged = collectives.of_program(step.as_text())
-    if not config.model.get('scan', False):  # it counts a loop's body once
+    who, fits = 'as their compiler says', memory <= 0.95 * chip.memory
+    # It counts a loop's body once.
+    if not config.model.get('scan', False) and config.accumulation_steps == 1:
       cost = step.cost_analysis()
     note = (f'compiled in {time.perf_counter() - begin:.0f} s; '
             f'the estimate without it: {needs.memory / 1e9:.2f} GB')
   return _devices_text(
-      config, f'{topology}: {len(devices)} devices, as their compiler says',
-      note, memory, needs, cost, exchanged, chips.named(kind), len(devices),
-      args, 'tpu')
+      config, f'{topology}: {len(devices)} devices, {who}', note, memory, fits,
+      needs, cost, exchanged, chip, len(devices), args, 'tpu')
 
 
 def estimated(config, devices, kind):
@@ -133,17 +134,19 @@ def estimated(config, devices, kind):
   platform = chip.platform if chip else 'cpu'
   needs = estimate.of(config, *args, platform, devices)
   return _devices_text(
-      config, f'{devices} x {kind}, an estimate', '', needs.memory, needs, {},
+      config, f'{devices} x {kind}, an estimate', '', needs.memory,
+      not chip or needs.memory <= 0.95 * chip.memory, needs, {},
       needs.exchanged, chip, devices, args, platform)
 
 
-def _devices_text(config, title, note, memory, needs, cost, exchanged, chip,
-                  devices, args, platform):
+def _devices_text(config, title, note, memory, fits, needs, cost, exchanged,
+                  chip, devices, args, platform):
   """The section on devices.
 
   Args:
     config, title, note: of the section.
     memory: bytes of a device.
+    fits: whether it has them.
     needs: `estimate.Needs`.
     cost: a compiler's `cost_analysis`, or {}.
     exchanged: see `collectives`.
@@ -166,13 +169,13 @@ def _devices_text(config, title, note, memory, needs, cost, exchanged, chip,
       + f' (parameters {gb(needs.params)}, optimizer {gb(needs.optimizer)}, '
       f'averages and batch {gb(needs.rest)})']
   text = ', '.join(f'{kind} {count:,} x, {gb(size)}'
-                   for kind, (count, size) in exchanged.items()) or 'nothing'
+                   for kind, (count, size, _) in exchanged.items()) or 'nothing'
   if not chip:
     lines += [f'operations    {needs.flops / 1e12:.3g} TFLOP a step',
               f'exchanged     {text} a step']
     return '\n'.join(lines)
   times = {'operations': needs.flops / chip.flops,
-           'exchanged': collectives.seconds(exchanged, devices, chip.network)}
+           'exchanged': collectives.seconds(exchanged, chip.network)}
   lines.append(
       f'operations    {needs.flops / 1e12:.3g} TFLOP a step: '
       f"{1e3 * times['operations']:.3g} ms at {chip.flops / 1e12:.0f} TFLOP/s")
@@ -196,7 +199,7 @@ def _devices_text(config, title, note, memory, needs, cost, exchanged, chip,
       f'step          {1e3 * times[slowest]:.3g} ms or more ({slowest})',
       f'run           {steps:,} steps: {hours(times[slowest])} or more; '
       f"{hours(2 * times['operations'])} at half of the chip's FLOP/s"]
-  if memory > 0.95 * chip.memory:
+  if not fits:
     lines.append('does not fit; of the changes that help each alone needs')
     found = out_of_memory.figures(config, (*args, platform, devices), most=9)
     lines += [f'  --config.{setting}  {text}'
@@ -217,7 +220,7 @@ def plan(config, depth=2):
   num_train, num_classes, image_shape, source = experiment.data_sizes(config)
   fields = train_state.model_fields(config.model, tuple(config.frozen))
   model = models.create(num_classes=num_classes, **fields)
-  cost = complexity.of(model, image_shape[0], image_shape[2])
+  cost = complexity.of(model, image_shape[:2], image_shape[2])
   units = durations.Units.of(
       num_train, config.global_batch_size, config.input.epoch)
   steps = durations.to_steps(config, 'total', units)

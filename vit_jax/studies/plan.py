@@ -194,7 +194,7 @@ def cost(trials, beside=''):
       model = models.create(num_classes=classes, **train_state.model_fields(
           config.model, tuple(config.frozen)))
       length = durations.to_steps(config, 'total', units)
-      macs = complexity.of(model, shape[0], shape[2]).macs
+      macs = complexity.of(model, shape[:2], shape[2]).macs
       known[key] = length, 6 * macs * length * config.global_batch_size
     steps += known[key][0]
     flop += known[key][1]
