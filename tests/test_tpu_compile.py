@@ -42,6 +42,12 @@ def test_an_unknown_topology_is_a_message(name):
   assert len(str(e.value).splitlines()) == 2
 
 
+@pytest.mark.parametrize('key', ['model.scan=True', 'accumulation_steps=2'])
+def test_loops_would_be_counted_once(key):
+  with runs.refused('counts the body of a loop once'):
+    bench_tpu_compile.main([*_CONFIG, f'--config.{key}'])
+
+
 def test_what_the_compiler_does_not_say_is_not_given():
   compiled = types.SimpleNamespace(
       cost_analysis=lambda: {

@@ -51,11 +51,17 @@ def main(argv):
   if args.against:
     with open(args.against) as f:
       against = json.load(f)
+  c = args.config
+  if c.model.get('scan', False) or c.accumulation_steps > 1:
+    raise ValueError(
+        'The compiler counts the body of a loop once: those of model.scan and '
+        'accumulation_steps.\nSet --config.model.scan=False '
+        '--config.accumulation_steps=1, or ask vit-jax plan.')
   # Compiling is all that is done: a TPU that is here stays free.
   jax.config.update('jax_platforms', 'cpu')
   chips = tpu_topology.devices(args.topology)
   begin = time.perf_counter()
-  compiled, batch = compile_step(args.config, chips, args.batch_per_chip)
+  compiled, batch = compile_step(c, chips, args.batch_per_chip)
   seconds = time.perf_counter() - begin
   row = figures(compiled, chips[0].device_kind)
   print(f'{args.topology}: {len(chips)} x {chips[0].device_kind}, {batch} '
