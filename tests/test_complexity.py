@@ -96,6 +96,15 @@ def test_micro_stems_cost_the_same():
       'conv': 765_952, 'S1': 763_904, 'S2': 775_680, 'S3': 757_760}
 
 
+def test_images_that_are_not_square():
+  model = vit.create(size='micro', stem='conv', num_classes=10)
+  macs = lambda size: {
+      row.path: row.macs for row in complexity.of(model, size).rows}
+  square, wide = macs((32, 32)), macs((32, 64))
+  assert square == macs(32) and wide == macs((64, 32))
+  assert wide['stem/conv_0'] == 2 * square['stem/conv_0']
+
+
 @pytest.mark.parametrize('scan', [False, True])
 @pytest.mark.parametrize('remat', ['none', 'full'])
 def test_rows_are_named_like_parameters(scan, remat):
