@@ -149,11 +149,12 @@ def close(a, b, **tolerance):
 def test_groups_do_not_depend_on_devices(group, name):
   # On 8 devices of 8 examples: two groups, one, and half of one.
   one, eight = on_devices(1, group, name), on_devices(8, group, name)
-  close(one[0], eight[0], atol=1e-4)
-  if group < 16:
-    assert 'all-reduce' not in eight[3] and 'all-gather' not in eight[3]
-  else:
-    assert 'all-reduce' in eight[3]
+  if group == 4:
+    np.testing.assert_array_equal(one[0], eight[0])
+  else:  # XLA adds up a device's only group in another order
+    close(one[0], eight[0], atol=3e-5 if group == 8 else 1e-4)
+  exchanged = 'all-reduce' in eight[3] or 'all-gather' in eight[3]
+  assert exchanged == (group == 16)
   close(one[1], eight[1], atol=2e-5, rtol=1e-4)
   close(one[2], eight[2], atol=1e-5, rtol=1e-5)
   assert max(np.abs(g).max() for g in jax.tree.leaves(one[1])) > 0.1
